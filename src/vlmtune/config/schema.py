@@ -1,0 +1,204 @@
+"""The run configuration: frozen, typed, unknown keys refused. This is the only declaration of every option.
+
+`config.load` turns YAML and ``key=value`` overrides into a `RunConfig` whose paths are absolute.
+No torch here: ``--help`` and a YAML check must be instant.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FORMAT_VERSION = 1
+
+Component = Literal["vision", "projector", "language"]
+COMPONENTS: tuple[Component, ...] = ("vision", "projector", "language")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ImageOptions(Section):
+    """How pictures are cut; a field that is left out keeps the value of the model folder's preprocessor."""
+
+    max_tiles: Annotated[int, Field(ge=1)] | None = None
+    """Most tiles a picture may be cut into (InternVL: `max_patches`; the thumbnail is not counted)."""
+    min_tiles: Annotated[int, Field(ge=1)] | None = None
+    """Fewest tiles."""
+    max_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Largest area after resizing, in pixels, for models that keep the aspect ratio (Qwen-VL)."""
+    min_pixels: Annotated[int, Field(ge=1)] | None = None
+    """Smallest area after resizing, in pixels."""
+
+
+class ModelConfig(Section):
+    path: str
+    """Folder of the pretrained model (or a hub id, which needs the network)."""
+    image: ImageOptions = ImageOptions()
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+class FullTuning(Section):
+    """Train whole components; those not named are frozen."""
+
+    method: Literal["full"] = "full"
+    train: tuple[Component, ...] = COMPONENTS
+    """Components that are trained in full."""
+    learning_rates: dict[Component, Annotated[float, Field(gt=0)]] = {}
+    """Learning rate per component where it differs from `train.learning_rate`."""
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> FullTuning:
+        if not self.train:
+            raise ValueError("no component is trained; name at least one of vision, projector, language")
+        _rates_belong_to_trained(self.learning_rates, set(self.train))
+        return self
+
+
+class LoraTuning(Section):
+    """Train low-rank adapters through PEFT, and whole components beside them if named."""
+
+    method: Literal["lora", "dora", "rslora"] = "lora"
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale of the update; twice the rank when left out."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: tuple[str, ...] = ("language",)
+    """Components (every Linear of their blocks), `head`, or suffixes of module names."""
+    train: tuple[Component, ...] = ()
+    """Components that are trained in full beside the adapter."""
+    learning_rates: dict[Component, Annotated[float, Field(gt=0)]] = {}
+    """Learning rate per component where it differs from `train.learning_rate`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_target_needs_no_list(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("targets"), str):
+            values = {**values, "targets": (values["targets"],)}
+        return values
+
+    @model_validator(mode="after")
+    def _targets_are_not_trained_twice(self) -> LoraTuning:
+        if not self.targets:
+            raise ValueError("targets is empty; name a component, `head`, or a module suffix")
+        twice = sorted(set(self.targets) & set(self.train))
+        if twice:
+            raise ValueError(f"{', '.join(twice)} stands in both targets and train; a component has one or the other")
+        return self
+
+
+def _rates_belong_to_trained(rates: dict[Component, float], trained: set[Component]) -> None:
+    idle = sorted(set(rates) - trained)
+    if idle:
+        raise ValueError(f"learning_rates names {', '.join(idle)}, which is not trained")
+
+
+class SourceConfig(Section):
+    path: str
+    """A .json list or a .jsonl file."""
+    root: str | None = None
+    """Folder that relative media paths start from; the folder of `path` when left out."""
+    repeat: Annotated[float, Field(gt=0)] = 1.0
+    """How often each row comes in an epoch; 1.5 takes half of the rows twice (seeded, without replacement)."""
+
+
+class DataConfig(Section):
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
+    eval: tuple[SourceConfig, ...] = ()
+    """Held-out sources; takes what `sources` takes (a single one may stand without a list)."""
+    allow: tuple[str, ...] = ()
+    """Folders outside the roots that absolute media paths may point into."""
+    max_length: Annotated[int, Field(ge=8)] = 4096
+    """Longest row, and size of a pack, in tokens."""
+    too_long: Literal["refuse", "drop"] = "refuse"
+    """What happens to a row longer than `max_length`: refuse the run, or drop the row and count it."""
+    packing: bool = True
+    """Put several rows in one sequence, isolated from each other."""
+    max_image_pixels: Annotated[int, Field(ge=1)] = 178_956_970
+    """Pictures with more pixels than this are refused as decompression bombs (Pillow's own refusal point)."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that decode pictures, and that read rows in `check`; 0 does it in the main process."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source_needs_no_list(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in ("sources", "eval"):
+                if isinstance(values.get(key), dict):
+                    values = {**values, key: (values[key],)}
+        return values
+
+
+class EarlyStopping(Section):
+    patience: Annotated[int, Field(ge=1)] = 3
+    """Evaluations without an improvement of the eval loss after which training stops."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """Smallest drop of the eval loss that counts as an improvement."""
+
+
+class TrainConfig(Section):
+    output_dir: str | None = None
+    """Run folder; `runs/<name of the YAML>` beside the YAML when left out."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    global_batch_size: Annotated[int, Field(ge=1)] = 16
+    """Rows per optimizer step over all devices; accumulation is derived from it."""
+    micro_batch_size: Annotated[int, Field(ge=1)] = 1
+    """Rows per device and forward pass; with packing a micro batch is one pack and this is not used."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's running-average coefficients."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass; auto is bfloat16 on a GPU that has it and float32 on a CPU."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] | None = None
+    """How several processes share the work; left out: single for one process, ddp for several."""
+    seed: int = 0
+    deterministic: bool = False
+    """Refuse operations without a deterministic implementation."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between two lines of metrics."""
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations; once per epoch when left out."""
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints; with every evaluation (or epoch) when left out."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """Latest checkpoints that are kept beside the best one."""
+    early_stopping: EarlyStopping | None = None
+    first_step_proof: bool = True
+    """After the first step, require a finite, non-zero gradient in every trained tensor."""
+    extra: dict[str, Any] = {}
+    """Further arguments of transformers.TrainingArguments; a name that vlmtune sets itself is refused."""
+
+
+class EvalConfig(Section):
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longest generated answer, in tokens."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Rows generated together."""
+
+
+class RunConfig(Section):
+    version: Literal[1] = 1
+    """Format of this file."""
+    model: ModelConfig
+    tuning: Annotated[FullTuning | LoraTuning, Field(discriminator="method")] = FullTuning()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _early_stopping_needs_eval(self) -> RunConfig:
+        if self.train.early_stopping and not self.data.eval:
+            raise ValueError("train.early_stopping needs data.eval: without held-out rows there is nothing to watch")
+        return self

@@ -1,0 +1,151 @@
+"""The one sample type that flows: Sample (what a row says) -> Encoded (ids and labels) -> Batch (tensors).
+
+Every data format is a pure function from a row to `Sample`; every stage downstream knows only these types.
+Sizes of pictures are ``(width, height)`` in pixels, sizes of tensors ``(H, W)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Role = Literal["system", "user", "assistant"]
+Size = tuple[int, int]  # (width, height)
+IGNORED = -100  # label of a position that is not trained (torch.nn.functional.cross_entropy's default)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaRef:
+    """Where the bytes of a picture (later: frame, embedding file) are.
+
+    A whole file, a slice of one (a member of a tar), or bytes that stood in the row itself (a data URI).
+    """
+
+    path: str
+    """Absolute path of the file; for `inline` bytes a name for messages."""
+    offset: int = 0
+    """First byte."""
+    length: int | None = None
+    """Number of bytes; None reads to the end of the file."""
+    inline: bytes | None = None
+    """The encoded bytes themselves; `path`, `offset` and `length` are then not read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    ref: MediaRef
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    ref: MediaRef
+
+
+@dataclass(frozen=True, slots=True)
+class PseudoText:
+    ref: MediaRef
+
+
+Part = Text | Image | Video | PseudoText
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Role
+    parts: tuple[Part, ...]
+
+    @property
+    def text(self) -> str:
+        """The text parts joined; media leave no trace."""
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One row: system? (user assistant)+, in order. `data.adapters` guarantees the order of the roles."""
+
+    messages: tuple[Message, ...]
+    origin: str
+    """`coco.jsonl:124` (line), `coco.json:124` (row, counted from 1), `x.parquet:124`, `shard.tar:name`."""
+    id: str | None = None
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(part for message in self.messages for part in message.parts if isinstance(part, Image))
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of placeholder positions in the ids; the truth about where media stand, never a search by token id."""
+
+    start: int
+    length: int
+    kind: Literal["image", "video", "pseudo_text"]
+    index: int
+    """Which medium of the sample (a picture may own several spans, one per tile row)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaPlan:
+    """What a picture of a given size becomes, known from the header alone.
+
+    `layout` is the family's own description (tiles, grid, rows and columns); only the family reads it.
+    """
+
+    size: Size
+    num_tokens: int
+    """Ids that the picture takes in the sequence, separators included."""
+    num_tiles: int
+    layout: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """A sample as ids, labels and references to media; no pixels.
+
+    input_ids, labels: int32 (T,); labels hold IGNORED outside the trained segments and are not shifted.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    spans: tuple[Span, ...]
+    media: tuple[tuple[MediaRef, MediaPlan], ...]
+    origin: str
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_trained(self) -> int:
+        """Positions that give a loss: a label at position 0 has nothing before it to predict it."""
+        return int((self.labels[1:] != IGNORED).sum())
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """One micro batch, ready for the model.
+
+    inputs: keyword arguments of the model's forward: input_ids (1, L) packed or (B, L) padded, position_ids or
+        attention_mask, pixel values, grids, `use_cache=False`, and `logits_to_keep`, a boolean (B, L) mask of the
+        positions whose next token is trained.
+    targets: int64 (n,): the trained next tokens, in the order in which the mask picks hidden states.
+    stand_in: pixel inputs of one smallest picture, for a micro batch without pictures (see `nn.stand_in`); or None.
+    """
+
+    inputs: dict[str, Any]
+    targets: torch.Tensor
+    stand_in: dict[str, torch.Tensor] | None = None
+    num_tokens: int = 0
+    """Tokens without padding."""
+    num_images: int = 0
+    origins: tuple[str, ...] = field(default=())

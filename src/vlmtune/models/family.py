@@ -1,0 +1,160 @@
+"""What a model family is to the rest of the program.
+
+A family is one object without state. Nothing outside `models/registry.py` names a family; everything else asks the
+`OpenedFolder` that `models.load.open_folder` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vlmtune.config.schema import Component, ImageOptions
+from vlmtune.data.sample import Encoded, MediaPlan, Size
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFormat:
+    """A chat template as data: the text around the contents, in the order in which it is laid down.
+
+    ::
+
+        opening                                   user  bridge  assistant  close
+        system_opening[0]  system  system_opening[1]  user  bridge  assistant  again  user  bridge  assistant  close
+
+    `stop` is what ends an answer and is trained with it; `again` and `close` both begin with it. A generation prompt
+    ends after a `bridge`.
+    """
+
+    opening: str
+    system_opening: tuple[str, str] | None
+    """Text before and after the system content; None when the template has no system role."""
+    bridge: str
+    stop: str
+    again: str
+    close: str
+    image: tuple[str, str]
+    """Text before and after a picture's ids."""
+    images_first: bool = False
+    """The template puts the pictures of a turn before its text, wherever they stood."""
+    fold_newlines: bool = True
+    """A newline beside an `<image>` mark belongs to the mark and is left to the template."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids at which generation ends."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Components:
+    """Name prefixes (of `named_parameters`, without the dot) that belong to each component."""
+
+    vision: tuple[str, ...]
+    projector: tuple[str, ...]
+    language: tuple[str, ...]
+    blocks: Mapping[Component, tuple[str, ...]] = field(default_factory=dict)
+    """Prefixes of the transformer blocks inside a component: where LoRA on that component sits."""
+    head: tuple[str, ...] = ("lm_head",)
+    """The output head; it counts as language."""
+
+    def of(self, parameter: str) -> Component | None:
+        """The component of a parameter by its full name, the longest prefix winning; None if no prefix covers it."""
+        found: tuple[int, Component] | None = None
+        groups: tuple[tuple[Component, tuple[str, ...]], ...] = (
+            ("vision", self.vision),
+            ("projector", self.projector),
+            ("language", self.language + self.head),
+        )
+        for component, prefixes in groups:
+            for prefix in prefixes:
+                if parameter == prefix or parameter.startswith(prefix + "."):
+                    if found is None or len(prefix) > found[0]:
+                        found = (len(prefix), component)
+        return found[1] if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A folder on disk with its config.json, read once."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+
+class Family(Protocol):
+    """The interface; `families.conformance` in the tests is the definition of done for an implementation."""
+
+    @property
+    def name(self) -> str: ...
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config.json is this family's; the first match in the registry wins."""
+        ...
+
+    def model_class(self, folder: ModelFolder) -> type[PreTrainedModel]: ...
+
+    def components(self, folder: ModelFolder) -> Components: ...
+
+    def tokenizer(self, folder: ModelFolder) -> PreTrainedTokenizerBase: ...
+
+    def media_spec(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, options: ImageOptions) -> Any:
+        """Everything that decides how pictures become tiles and ids; picklable; only the family looks inside."""
+        ...
+
+    def chat(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, spec: Any) -> ChatFormat: ...
+
+    def plan(self, sizes: Sequence[Size], spec: Any) -> tuple[MediaPlan, ...]:
+        """All pictures of one sample at once (some families divide a tile budget among them); sizes only."""
+        ...
+
+    def span_ids(self, plan: MediaPlan, spec: Any) -> tuple[np.ndarray, np.ndarray]:
+        """ids int32 (num_tokens,) of one picture and a boolean (num_tokens,) mask of the placeholders among them."""
+        ...
+
+    def pixels(self, picture: PIL.Image.Image, plan: MediaPlan, spec: Any) -> dict[str, torch.Tensor]:
+        """One picture as model inputs; must agree with its plan."""
+        ...
+
+    def collate_pixels(self, pixels: Sequence[dict[str, torch.Tensor]], spec: Any) -> dict[str, torch.Tensor]:
+        """The pictures of a micro batch as keyword arguments of the model's forward, in sequence order."""
+        ...
+
+    def position_inputs(
+        self, rows: Sequence[Sequence[Encoded]], pixels: Sequence[Sequence[dict[str, torch.Tensor]]], spec: Any
+    ) -> dict[str, torch.Tensor]:
+        """Extra inputs that depend on positions (multi-axis RoPE, token types), for rows of packed samples; or {}.
+
+        `rows[b]` are the samples laid end to end in row b. The values are padded to the longest row on the right.
+        """
+        ...
+
+    def why_not_packed(self, folder: ModelFolder) -> str | None:
+        """None if packed rows equal unpacked ones for this model, else the reason why it must pad."""
+        ...
+
+    def lawful_zeros(self, folder: ModelFolder) -> str | None:
+        """A regex over full parameter names whose gradient is zero by construction (layers behind the feature layer)."""
+        ...
+
+    def tiny(self) -> Mapping[str, PretrainedConfig]:
+        """Small configs, one per architecture that this family promises, for the conformance suite."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenedFolder:
+    """A model folder opened without its weights: all that check, preview, the loader and prompts need. Picklable."""
+
+    folder: ModelFolder
+    family: Family
+    tokenizer: PreTrainedTokenizerBase
+    spec: Any
+    chat: ChatFormat
+    components: Components
+    why_not_packed: str | None
