@@ -1,0 +1,55 @@
+"""Files that are either whole or not there, and what can be asked about files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+from vlmtune.errors import VlmtuneError
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a file beside its place and rename it, so that a reader never meets half of it.
+
+    Text is written as UTF-8. Missing parent folders are made. An interrupted call leaves the old file as it was.
+
+    Raises:
+        VlmtuneError: the file cannot be written (disk full, no permission); names the file.
+    """
+    payload = data.encode("utf-8") if isinstance(data, str) else data
+    # The name is our own and unguessable, so two processes that write the same file do not meet in the draft.
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(draft, "xb") as file:
+            file.write(payload)
+            file.flush()
+            # Without this a power cut after the rename can leave an empty file under the final name.
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise VlmtuneError(
+            f"cannot be written ({reason})", where=str(path), remedy="Free some space, or choose another folder."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in blocks."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free for this user on the disk that holds `path`, which need not exist yet."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
