@@ -17,7 +17,7 @@ COMPONENTS: tuple[Component, ...] = ("vision", "projector", "language")
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ImageOptions(Section):
@@ -33,8 +33,11 @@ class ImageOptions(Section):
     """Smallest area after resizing, in pixels."""
 
 
+PathText = Annotated[str, Field(min_length=1)]  # `config.load` makes it absolute
+
+
 class ModelConfig(Section):
-    path: str
+    path: PathText
     """Folder of the pretrained model (or a hub id, which needs the network)."""
     image: ImageOptions = ImageOptions()
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -97,9 +100,9 @@ def _rates_belong_to_trained(rates: dict[Component, float], trained: set[Compone
 
 
 class SourceConfig(Section):
-    path: str
+    path: PathText
     """A .json list or a .jsonl file."""
-    root: str | None = None
+    root: PathText | None = None
     """Folder that relative media paths start from; the folder of `path` when left out."""
     repeat: Annotated[float, Field(gt=0)] = 1.0
     """How often each row comes in an epoch; 1.5 takes half of the rows twice (seeded, without replacement)."""
@@ -109,7 +112,7 @@ class DataConfig(Section):
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
     eval: tuple[SourceConfig, ...] = ()
     """Held-out sources; takes what `sources` takes (a single one may stand without a list)."""
-    allow: tuple[str, ...] = ()
+    allow: tuple[PathText, ...] = ()
     """Folders outside the roots that absolute media paths may point into."""
     max_length: Annotated[int, Field(ge=8)] = 4096
     """Longest row, and size of a pack, in tokens."""
@@ -140,7 +143,7 @@ class EarlyStopping(Section):
 
 
 class TrainConfig(Section):
-    output_dir: str | None = None
+    output_dir: PathText | None = None
     """Run folder; `runs/<name of the YAML>` beside the YAML when left out."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     max_steps: Annotated[int, Field(ge=1)] | None = None
