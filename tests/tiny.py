@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 TEXT = """What is in this picture? A cat on a red mat, beside two small dogs. Which digit is this? It is a seven.
@@ -36,7 +36,7 @@ LLAVA_TEMPLATE = """{%- for message in messages -%}
 {%- for part in message['content'] | selectattr('type', 'equalto', 'text') -%}{{ part['text'] + ' ' }}{%- endfor -%}
 {%- else -%}{{ 'ASSISTANT: ' + message['content'][0]['text'] + eos_token }}{%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT: ' }}{%- endif -%}"""
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
 
 SMOLVLM_TEMPLATE = """<|im_start|>{%- for message in messages -%}
 {{ message['role'] | capitalize }}{%- if message['content'][0]['type'] == 'image' -%}{{ ':' }}{%- else -%}{{ ': ' }}{%- endif -%}
@@ -47,13 +47,17 @@ SMOLVLM_TEMPLATE = """<|im_start|>{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"""
 
 
-def make_tokenizer(special: list[str], *, eos: str, extra: Mapping[str, str], bos: str | None = None) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    special: list[str], *, eos: str, extra: Mapping[str, str], bos: str | None = None
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE over `TEXT`, 400 tokens, with the special tokens of one architecture."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator([TEXT], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -120,6 +124,8 @@ def _internvl(folder: Path) -> PreTrainedConfig:
 def _llava(folder: Path) -> PreTrainedConfig:
     special = ["<pad>", "<s>", "</s>", "<image>"]
     tokenizer = make_tokenizer(special, eos="</s>", bos="<s>", extra={"image_token": "<image>"})
+    bos = ("<s>", tokenizer.convert_tokens_to_ids("<s>"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
     _save_processor(
         folder,
         tokenizer,
@@ -155,7 +161,15 @@ def _llava(folder: Path) -> PreTrainedConfig:
     )
 
 
-_QWEN_TOKENS = ["<pad>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+_QWEN_TOKENS = [
+    "<pad>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 
 
 def _qwen(folder: Path, processor_class: str, patch_size: int) -> PreTrainedTokenizerFast:
@@ -201,7 +215,13 @@ def _qwen2_5_vl(folder: Path) -> PreTrainedConfig:
             "fullatt_block_indexes": [1],
             "window_size": 56,
         },
-        text_config={"vocab_size": len(tokenizer), "rope_parameters": rope, **_text()},
+        text_config={
+            "vocab_size": len(tokenizer),
+            "bos_token_id": None,
+            "eos_token_id": 2,
+            "rope_parameters": rope,
+            **_text(),
+        },
         tie_word_embeddings=False,
         **_qwen_ids(tokenizer),
     )
@@ -221,7 +241,14 @@ def _qwen3_vl(folder: Path) -> PreTrainedConfig:
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
-        text_config={"vocab_size": len(tokenizer), "rope_parameters": rope, "head_dim": 12, **_text()},
+        text_config={
+            "vocab_size": len(tokenizer),
+            "bos_token_id": None,
+            "eos_token_id": 2,
+            "rope_parameters": rope,
+            "head_dim": 12,
+            **_text(num_hidden_layers=3),
+        },
         tie_word_embeddings=False,
         **_qwen_ids(tokenizer),
     )
@@ -229,7 +256,15 @@ def _qwen3_vl(folder: Path) -> PreTrainedConfig:
 
 def _smolvlm(folder: Path) -> PreTrainedConfig:
     grid = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
-    special = ["<pad>", "<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *grid]
+    special = [
+        "<pad>",
+        "<|im_start|>",
+        "<end_of_utterance>",
+        "<fake_token_around_image>",
+        "<image>",
+        "<global-img>",
+        *grid,
+    ]
     tokens = {
         "fake_image_token": "<fake_token_around_image>",
         "image_token": "<image>",
@@ -266,12 +301,19 @@ def _smolvlm(folder: Path) -> PreTrainedConfig:
 
 
 def _save_processor(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, template: str, *, processor: dict[str, object], image: dict[str, object]
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    *,
+    processor: dict[str, object],
+    image: dict[str, object],
 ) -> None:
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps(processor))
-    (folder / "preprocessor_config.json").write_text(json.dumps({**image, "processor_class": processor["processor_class"]}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**image, "processor_class": processor["processor_class"]})
+    )
     stop = tokenizer.eos_token_id
     generation = {"eos_token_id": stop, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(generation))
@@ -293,6 +335,10 @@ def save_tiny(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32) ->
     generation = (folder / "generation_config.json").read_text()
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # the usual 0.02 makes so small a model blind: all its answers would be alike
+                parameter.mul_(4)
     model.save_pretrained(folder)
     (folder / "generation_config.json").write_text(generation)
     return folder

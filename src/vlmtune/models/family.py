@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmtune.config.schema import Component, ImageOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Size
+from vlmtune.models.text import TextEncoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,17 +28,22 @@ class ChatFormat:
 
     ::
 
-        opening                                   user  bridge  assistant  close
-        system_opening[0]  system  system_opening[1]  user  bridge  assistant  again  user  bridge  assistant  close
+        opening                                   user  bridge  answer  close
+        system_opening[0]  system  system_opening[1]  user  bridge  answer  again  user  bridge  answer  close
 
-    `stop` is what ends an answer and is trained with it; `again` and `close` both begin with it. A generation prompt
-    ends after a `bridge`.
+    A user content begins with `user_lead` when text comes first; an answer begins with `answer_lead`. A generation
+    prompt ends after a `bridge`. `stop` ends an answer: `again` and `close` both begin with it. Trained are the
+    answer's lead, its text and its `stop`.
     """
 
     opening: str
-    system_opening: tuple[str, str] | None
+    prefix_ids: tuple[int, ...] = ()
+    """Ids before the opening (a bos token that the tokenizer, not the template, adds)."""
+    system_opening: tuple[str, str] | None = None
     """Text before and after the system content; None when the template has no system role."""
+    user_lead: str = ""
     bridge: str
+    answer_lead: str = ""
     stop: str
     again: str
     close: str
@@ -45,6 +51,10 @@ class ChatFormat:
     """Text before and after a picture's ids."""
     images_first: bool = False
     """The template puts the pictures of a turn before its text, wherever they stood."""
+    text_joint: str = ""
+    """What the template puts between two texts of a turn (with `images_first`)."""
+    strips: bool = False
+    """The template trims contents."""
     fold_newlines: bool = True
     """A newline beside an `<image>` mark belongs to the mark and is left to the template."""
     stop_ids: tuple[int, ...] = ()
@@ -107,7 +117,13 @@ class Family(Protocol):
         """Everything that decides how pictures become tiles and ids; picklable; only the family looks inside."""
         ...
 
-    def chat(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, spec: Any) -> ChatFormat: ...
+    def chat(
+        self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, text: TextEncoder, spec: Any
+    ) -> ChatFormat: ...
+
+    def picture_settings(self, folder: ModelFolder, options: ImageOptions) -> Mapping[str, Any]:
+        """What preprocessor_config.json must say so that others cut pictures as `options` do; {} without options."""
+        ...
 
     def plan(self, sizes: Sequence[Size], spec: Any) -> tuple[MediaPlan, ...]:
         """All pictures of one sample at once (some families divide a tile budget among them); sizes only."""
@@ -134,6 +150,10 @@ class Family(Protocol):
         """
         ...
 
+    def prompt_inputs(self, prompts: Sequence[Encoded], spec: Any) -> dict[str, torch.Tensor]:
+        """Extra arguments of `generate` beside ids, mask and pixels, padded on the left; or {}."""
+        ...
+
     def why_not_packed(self, folder: ModelFolder) -> str | None:
         """None if packed rows equal unpacked ones for this model, else the reason why it must pad."""
         ...
@@ -155,6 +175,7 @@ class OpenedFolder:
     family: Family
     tokenizer: PreTrainedTokenizerBase
     spec: Any
+    text: TextEncoder
     chat: ChatFormat
     components: Components
     why_not_packed: str | None

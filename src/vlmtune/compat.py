@@ -1,0 +1,32 @@
+"""The only file that touches other libraries' attributes: one function per upstream defect, with its version range.
+
+Each has a test that fails once the defect is gone, so that the function can be removed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers.processing_utils import ProcessorMixin
+from transformers.video_processing_utils import VideoProcessorMixin
+
+
+class NullVideoProcessor(VideoProcessorMixin):
+    """Stands where a processor class insists on a video processor; pictures never reach it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("this processor was opened for pictures only")
+
+
+def construct_processor(processor_class: type[ProcessorMixin], **parts: Any) -> ProcessorMixin:
+    """Constructs a processor that has a `video_processor` slot on a machine without torchvision.
+
+    transformers 5.23: `check_argument_for_proper_class` looks the name `VideoProcessorMixin` up in the top-level module,
+    where it exists only beside torchvision; the constructors of InternVL's, Qwen-VL's and SmolVLM's processors then fail
+    with `AttributeError: … _extra_content`, although pictures need no video processor.
+    """
+    module = transformers.processing_utils.transformers_module
+    if not hasattr(module, "VideoProcessorMixin"):
+        module.VideoProcessorMixin = VideoProcessorMixin
+    return processor_class(**parts)

@@ -1,0 +1,299 @@
+"""The `auto` family: whatever `AutoModelForImageTextToText` knows."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.processing_utils import ProcessorMixin
+
+from vlmtune import compat
+from vlmtune.config.schema import Component, ImageOptions
+from vlmtune.data.sample import Encoded, MediaPlan, Size
+from vlmtune.errors import WeightsError
+from vlmtune.models.auto import pictures
+from vlmtune.models.auto.pictures import AutoSpec
+from vlmtune.models.auto.template import probe
+from vlmtune.models.family import ChatFormat, Components, ModelFolder
+from vlmtune.models.text import TextEncoder
+
+# Where transformers' image-text-to-text classes keep their parts; the longest matching prefix wins.
+_VISION = ("model.vision_tower", "model.vision_model", "model.visual")
+_PROJECTOR = (
+    "model.multi_modal_projector",
+    "model.connector",
+    "model.visual.merger",
+    "model.visual.deepstack_merger_list",
+    "model.image_newline",
+)
+_LANGUAGE = ("model.language_model", "model.text_model")
+
+# Architectures whose packed rows are shown to equal unpacked ones by the conformance suite.
+_PACKS = frozenset({"internvl", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3"})
+_MULTI_AXIS = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
+_PROCESSOR_PARTS = frozenset({"image_processor", "tokenizer", "video_processor", "chat_template"})
+
+
+class AutoFamily:
+    name = "auto"
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        return str(config.get("model_type")) in _known_model_types()
+
+    def config(self, folder: ModelFolder) -> PretrainedConfig:
+        return transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+
+    def model_class(self, folder: ModelFolder) -> type[PreTrainedModel]:
+        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self.config(folder))]
+
+    def components(self, folder: ModelFolder) -> Components:
+        model = _skeleton(self.model_class(folder), self.config(folder))
+        names = [name for name, _ in model.named_parameters()]
+        prefixes = {
+            "vision": _present(_VISION, names),
+            "projector": _present(_PROJECTOR, names),
+            "language": _present(_LANGUAGE, names),
+        }
+        blank = Components(**prefixes)
+        uncovered = [name for name in names if blank.of(name) is None]
+        if uncovered:
+            raise WeightsError(
+                f"{uncovered[0]!r} and {len(uncovered) - 1} more parameters belong to no component",
+                where=str(folder.path),
+                expected="names under " + ", ".join((*_VISION, *_PROJECTOR, *_LANGUAGE, "lm_head")),
+                remedy=f"The architecture {folder.config.get('model_type')!r} is not supported yet.",
+            )
+        return Components(**prefixes, blocks=_blocks(model, blank))
+
+    def tokenizer(self, folder: ModelFolder) -> PreTrainedTokenizerBase:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise WeightsError(
+                f"the tokenizer {type(tokenizer).__name__} has no fast form",
+                where=str(folder.path),
+                expected="a tokenizer.json",
+                remedy="Convert it once with transformers and save it into the folder.",
+            )
+        return tokenizer
+
+    def media_spec(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, options: ImageOptions) -> AutoSpec:
+        config = self.config(folder)
+        image_processor = _image_processor(folder, options)
+        processor = _processor(folder, config, tokenizer, image_processor)
+        return AutoSpec(
+            image_processor=image_processor,
+            processor=processor,
+            placeholder_id=tokenizer.convert_tokens_to_ids(processor.image_token),
+            rope_config=config if config.model_type in _MULTI_AXIS else None,
+        )
+
+    def picture_settings(self, folder: ModelFolder, options: ImageOptions) -> Mapping[str, Any]:
+        changed = pictures.overrides(_image_processor(folder, ImageOptions()), options)
+        if "size" not in changed or "shortest_edge" not in changed["size"]:
+            return changed
+        # Older folders say the same thing under these names, and they would win over `size`.
+        edges = changed["size"]
+        return {**changed, "min_pixels": edges["shortest_edge"], "max_pixels": edges["longest_edge"]}
+
+    def chat(
+        self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, text: TextEncoder, spec: AutoSpec
+    ) -> ChatFormat:
+        template = _template(folder) or tokenizer.chat_template
+        if not isinstance(template, str):
+            raise WeightsError(
+                "the folder has no chat template",
+                where=str(folder.path),
+                expected="chat_template.jinja",
+                remedy="Without it the prompt that the model was trained with is unknown. Use the instruction-tuned "
+                "checkpoint, or write the template into the folder.",
+            )
+        return probe(tokenizer, template, spec.processor.image_token, text, place=str(folder.path))
+
+    def plan(self, sizes: Sequence[Size], spec: AutoSpec) -> tuple[MediaPlan, ...]:
+        return tuple(pictures.plan_picture(size, spec) for size in sizes)
+
+    def span_ids(self, plan: MediaPlan, spec: AutoSpec) -> tuple[np.ndarray, np.ndarray]:
+        return pictures.picture_ids(plan, spec)
+
+    def pixels(self, picture: PIL.Image.Image, plan: MediaPlan, spec: AutoSpec) -> dict[str, torch.Tensor]:
+        del plan
+        return pictures.picture_pixels(picture, spec)
+
+    def collate_pixels(self, pixels: Sequence[dict[str, torch.Tensor]], spec: AutoSpec) -> dict[str, torch.Tensor]:
+        return pictures.collate_pixels(pixels, spec)
+
+    def position_inputs(
+        self, rows: Sequence[Sequence[Encoded]], pixels: Sequence[Sequence[dict[str, torch.Tensor]]], spec: AutoSpec
+    ) -> dict[str, torch.Tensor]:
+        if spec.rope_config is None:
+            return {}
+        width = max(sum(sample.num_tokens for sample in row) for row in rows)
+        types = torch.zeros(len(rows), width, dtype=torch.long)
+        positions = torch.zeros(4, len(rows), width, dtype=torch.long)
+        for index, row in enumerate(rows):
+            start = 0
+            own_pixels = list(pixels[index])
+            for sample in row:
+                end = start + sample.num_tokens
+                taken, own_pixels = own_pixels[: len(sample.media)], own_pixels[len(sample.media) :]
+                types[index, start:end], positions[:, index, start:end] = _axes(sample, taken, spec)
+                start = end
+        return {"mm_token_type_ids": types, "position_ids": positions}
+
+    def prompt_inputs(self, prompts: Sequence[Encoded], spec: AutoSpec) -> dict[str, torch.Tensor]:
+        if spec.rope_config is None:
+            return {}
+        width = max(prompt.num_tokens for prompt in prompts)
+        types = torch.zeros(len(prompts), width, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            types[row, width - prompt.num_tokens :] = _token_types(prompt)
+        return {"mm_token_type_ids": types}
+
+    def why_not_packed(self, folder: ModelFolder) -> str | None:
+        config = self.config(folder)
+        if config.model_type not in _PACKS:
+            return f"packing is not proven for the architecture {config.model_type!r}"
+        text = config.get_text_config()
+        rope = text.rope_parameters or {}
+        kind = rope.get("rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            # transformers takes the frequencies from the longest sample of the batch, so neighbours change each other.
+            return f"its {kind} position scaling depends on the longest row of a batch"
+        return None
+
+    def lawful_zeros(self, folder: ModelFolder) -> str | None:
+        config = self.config(folder)
+        if config.model_type != "llava" or not isinstance(config.vision_feature_layer, int):
+            return None
+        layers = config.vision_config.num_hidden_layers
+        last_used = config.vision_feature_layer % (layers + 1)  # 0 is the embedding, n the output of layer n
+        behind = "|".join(str(layer) for layer in range(last_used, layers)) or "none"
+        return rf"model\.vision_tower\..*(layers\.({behind})\..*|post_layernorm\..*|\bhead\..*)"
+
+
+@functools.cache
+def _known_model_types() -> frozenset[str]:
+    return frozenset(config.model_type for config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+
+
+def _skeleton(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """The model without storage: names and shapes only."""
+    with torch.device("meta"):
+        return model_class(copy.deepcopy(config))
+
+
+def _present(prefixes: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(
+        prefix for prefix in prefixes if any(name == prefix or name.startswith(prefix + ".") for name in names)
+    )
+
+
+def _blocks(model: PreTrainedModel, components: Components) -> dict[Component, tuple[str, ...]]:
+    """Per component the list of its transformer blocks: the ModuleList with the most parameters in it."""
+    found: dict[Component, tuple[int, str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module):
+            component = components.of(name + ".0")
+            size = sum(parameter.numel() for parameter in module.parameters())
+            if component and size > found.get(component, (0, ""))[0]:
+                found[component] = (size, name)
+    blocks: dict[Component, tuple[str, ...]] = {component: (name,) for component, (_, name) in found.items()}
+    blocks["projector"] = components.projector
+    return blocks
+
+
+def _image_processor(folder: ModelFolder, options: ImageOptions) -> Any:
+    def opened(**changed: Any) -> Any:
+        # The PIL backend everywhere: torchvision's differs by up to one step of 255, and is not on every machine.
+        return transformers.AutoImageProcessor.from_pretrained(
+            folder.path, backend="pil", trust_remote_code=False, **changed
+        )
+
+    plain = opened()
+    changed = pictures.overrides(plain, options)
+    return opened(**changed) if changed else plain
+
+
+def _processor(
+    folder: ModelFolder, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, image_processor: Any
+) -> ProcessorMixin:
+    """The model's processor class, for what it knows of ids per picture; the pictures go through `image_processor`."""
+    try:
+        processor_class = PROCESSOR_MAPPING[type(config)]
+    except KeyError as error:
+        raise WeightsError(
+            f"transformers has no processor class for {config.model_type!r}", where=str(folder.path)
+        ) from error
+    file = folder.path / "processor_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    accepted = {name: value for name, value in settings.items() if name not in _PROCESSOR_PARTS | {"processor_class"}}
+    slots = processor_class.get_attributes()
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "image_processor": image_processor, **accepted}
+    if "video_processor" in slots:
+        parts["video_processor"] = compat.NullVideoProcessor()
+    return compat.construct_processor(processor_class, **parts)
+
+
+def _template(folder: ModelFolder) -> str | None:
+    jinja = folder.path / "chat_template.jinja"
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8")
+    legacy = folder.path / "chat_template.json"
+    if legacy.exists():
+        return str(json.loads(legacy.read_text(encoding="utf-8"))["chat_template"])
+    return None
+
+
+def _axes(
+    sample: Encoded, pixels: Sequence[dict[str, torch.Tensor]], spec: AutoSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token types (T,) and positions (4, T) of one sample: text positions from 0, then time, height and width.
+
+    The first row restarts at 0 in every sample: transformers builds the block-diagonal mask of a pack from it.
+    """
+    types = _token_types(sample)
+    grids = torch.cat([picture["image_grid_thw"] for picture in pixels]) if pixels else None
+    ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None]
+    model = _rope_model(json.dumps(spec.rope_config.to_dict(), sort_keys=True, default=str), _Keep(spec.rope_config))
+    axes, _ = model.get_rope_index(ids, mm_token_type_ids=types[None], image_grid_thw=grids)
+    return types, torch.cat([torch.arange(sample.num_tokens)[None], axes[:, 0]])
+
+
+def _token_types(sample: Encoded) -> torch.Tensor:
+    """1 where picture features go, 0 elsewhere, (T,)."""
+    types = torch.zeros(sample.num_tokens, dtype=torch.long)
+    for span in sample.spans:
+        types[span.start : span.start + span.length] = 1
+    return types
+
+
+class _Keep:
+    """Carries a value past `lru_cache` without being part of the key."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keep)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.lru_cache(maxsize=4)
+def _rope_model(key: str, config: _Keep) -> Any:
+    """The model's inner class without storage and with one layer: its `get_rope_index` reads the config only."""
+    del key
+    shallow = copy.deepcopy(config.value)
+    shallow.get_text_config().num_hidden_layers = 1
+    return _skeleton(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(shallow)], shallow).model

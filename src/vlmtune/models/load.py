@@ -1,0 +1,116 @@
+"""A path to an opened folder (no weights) or to a model (weights, strictly).
+
+Nothing from a model folder is executed: every Auto class gets `trust_remote_code=False`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from vlmtune.config.schema import ImageOptions
+from vlmtune.errors import WeightsError
+from vlmtune.models.family import ModelFolder, OpenedFolder
+from vlmtune.models.registry import detect
+from vlmtune.models.text import TextEncoder
+from vlmtune.weights import strict
+
+_NOT_FETCHED = ["*.py", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]
+
+
+def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
+    """Reads config.json of a folder, or fetches a hub id first."""
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = _fetch(str(path))
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(
+            "there is no config.json",
+            where=str(folder),
+            expected="the folder of a pretrained model",
+            remedy="An adapter folder is opened by `vlmtune chat`, `eval` and `export`, which look up its base.",
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"config.json is not JSON: {error}", where=str(file)) from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"config.json holds a {type(config).__name__}", where=str(file), expected="an object")
+    return ModelFolder(folder, config)
+
+
+def _fetch(name: str) -> Path:
+    """Downloads a hub repository's safetensors and configuration; no code, no pickles."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, ignore_patterns=_NOT_FETCHED))
+    except (OSError, HFValidationError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise WeightsError(
+            "there is no such folder, and it cannot be fetched as a hub id "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:160]})",
+            where=f"model.path: {name}",
+            remedy="Correct the path, or download the model on a machine with network and copy the folder.",
+        ) from error
+
+
+def open_folder(path: str | os.PathLike[str], image: ImageOptions | None = None) -> OpenedFolder:
+    """Opens a model folder without reading its weights.
+
+    Raises:
+        WeightsError: no folder, an unknown architecture, no chat template, a template that cannot be cut.
+        ConfigError: an option in `image` that has no effect on this model.
+    """
+    folder = read_folder(path)
+    family = detect(folder.config, where=str(folder.path))
+    try:
+        tokenizer = family.tokenizer(folder)
+        spec = family.media_spec(folder, tokenizer, image or ImageOptions())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # transformers reports absent or broken tokenizer and processor files with any of these.
+        raise WeightsError(
+            f"the tokenizer or the image processor cannot be opened ({type(error).__name__}: {str(error).splitlines()[0]})",
+            where=str(folder.path),
+            expected="tokenizer.json, tokenizer_config.json and preprocessor_config.json beside config.json",
+            remedy="Copy the missing files from the model's repository.",
+        ) from error
+    text = TextEncoder(tokenizer)
+    return OpenedFolder(
+        folder=folder,
+        family=family,
+        tokenizer=tokenizer,
+        spec=spec,
+        text=text,
+        chat=family.chat(folder, tokenizer, text, spec),
+        components=family.components(folder),
+        why_not_packed=family.why_not_packed(folder),
+    )
+
+
+def load_model(opened: OpenedFolder, *, dtype: torch.dtype | None = None, attention: str = "sdpa") -> PreTrainedModel:
+    """The model on the CPU (or partitioned, under ZeRO-3), in `dtype` or the checkpoint's own.
+
+    Raises:
+        WeightsError: files that cannot be read; a missing, unexpected or mis-shaped key, by name.
+    """
+    folder = opened.folder
+    try:
+        model, info = opened.family.model_class(folder).from_pretrained(
+            folder.path,
+            dtype=dtype if dtype is not None else "auto",
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+    except (OSError, SafetensorError) as error:
+        raise strict.unreadable(error, folder.path) from error
+    strict.check_loading(info, where=str(folder.path))
+    return model

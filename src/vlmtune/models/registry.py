@@ -1,0 +1,27 @@
+"""The families, in the order in which they are asked; the only place that names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmtune.errors import WeightsError
+from vlmtune.models.auto import AutoFamily
+from vlmtune.models.family import Family
+
+FAMILIES: tuple[Family, ...] = (AutoFamily(),)  # `auto` is last: it takes whatever transformers knows
+
+
+def detect(config: Mapping[str, Any], *, where: str) -> Family:
+    """The first family that recognises a config.json."""
+    for family in FAMILIES:
+        if family.matches(config):
+            return family
+    raise WeightsError(
+        f"model_type {config.get('model_type')!r} with architectures {config.get('architectures')!r} is not known",
+        where=where,
+        expected="an image-text-to-text model that transformers has a class for ("
+        + ", ".join(f.name for f in FAMILIES)
+        + ")",
+        remedy="No code from a model folder is run. Convert the folder to its `-hf` layout if there is one.",
+    )

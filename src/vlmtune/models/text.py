@@ -1,0 +1,169 @@
+"""Text runs to ids, with the rule that special tokens come from the chat format and never from the user's words.
+
+A literal `<image>` or `</s>` inside a question or an answer is ordinary text here: it is cut into ordinary tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of text in the sequence."""
+
+    text: str
+    trained: bool
+    template: bool
+    """From the chat format: special tokens in it are special."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Special:
+    id: int
+    eats_left: bool
+    eats_right: bool
+
+
+class TextEncoder:
+    """Lays segments down as ids and a trained flag per id.
+
+    Runs of plain text between special tokens are tokenised whole, so that words which cross a segment border get the
+    ids that the rendered conversation gets. Only where an answer begins is there always a border: in training the ids
+    before it are those that a generation prompt ends with. A token is trained if any of its characters is.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._json: str = tokenizer.backend_tokenizer.to_str()
+        self._special = {
+            token.content: _Special(number, token.lstrip, token.rstrip)
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
+        self._build()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_json": self._json, "_special": self._special}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._json = state["_json"]
+        self._special = state["_special"]
+        self._build()
+
+    def _build(self) -> None:
+        # `encode_special_tokens` makes special strings in the text plain text; it is not part of the JSON.
+        self._first = _plain(Tokenizer.from_str(self._json))
+        self._later = _plain(Tokenizer.from_str(_without_first_space(self._json)))
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._pattern = (
+            re.compile("(" + "|".join(re.escape(text) for text in longest_first) + ")") if longest_first else None
+        )
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token by its text."""
+        found = self._special.get(text)
+        return found.id if found else None
+
+    def first_special(self, text: str) -> tuple[int, int] | None:
+        """Character range of the first special token in template text."""
+        match = self._pattern.search(text) if self._pattern else None
+        return match.span() if match else None
+
+    def encode(self, segments: Sequence[Segment], *, at_start: bool) -> tuple[np.ndarray, np.ndarray]:
+        """ids int32 (n,) and trained bool (n,). `at_start`: nothing stands before the segments in the sequence."""
+        ids: list[int] = []
+        trained: list[bool] = []
+        run: list[tuple[str, bool]] = []
+        eat_left = False  # the special token before swallows leading whitespace
+
+        def close_run(eats_left: bool) -> None:
+            nonlocal eat_left
+            text, flags = _join(run, strip_start=eat_left, strip_end=eats_left)
+            run.clear()
+            eat_left = False
+            if text:
+                self._encode_run(text, flags, first=at_start and not ids, ids=ids, trained=trained)
+
+        for segment in segments:
+            if run and segment.trained and not run[-1][1]:
+                # A border where an answer begins: the ids before it must be those that a prompt ends with.
+                close_run(False)
+            for piece, special in self._atoms(segment):
+                if special is None:
+                    run.append((piece, segment.trained))
+                else:
+                    close_run(special.eats_left)
+                    ids.append(special.id)
+                    trained.append(segment.trained)
+                    eat_left = special.eats_right
+        close_run(False)
+        return np.array(ids, dtype=np.int32), np.array(trained, dtype=bool)
+
+    def _atoms(self, segment: Segment) -> list[tuple[str, _Special | None]]:
+        if not segment.template or self._pattern is None:
+            return [(segment.text, None)] if segment.text else []
+        parts = self._pattern.split(segment.text)
+        return [(part, self._special[part] if number % 2 else None) for number, part in enumerate(parts) if part]
+
+    def _encode_run(self, text: str, flags: np.ndarray, *, first: bool, ids: list[int], trained: list[bool]) -> None:
+        tokenizer = self._first if first else self._later
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        ids.extend(encoding.ids)
+        if flags.all() or not flags.any():
+            trained.extend([bool(flags[0])] * len(encoding.ids))
+            return
+        for start, end in encoding.offsets:
+            if end > start:
+                trained.append(bool(flags[start:end].any()))
+            else:  # a token without characters (a prepended space) goes with the character that it stands before
+                trained.append(bool(flags[min(start, len(flags) - 1)]))
+
+
+def _join(run: list[tuple[str, bool]], *, strip_start: bool, strip_end: bool) -> tuple[str, np.ndarray]:
+    """The run's text and a flag per character, without the whitespace that neighbouring special tokens swallow."""
+    text = "".join(piece for piece, _ in run)
+    flags = np.repeat(np.array([flag for _, flag in run], dtype=bool), [len(piece) for piece, _ in run])
+    if strip_start:
+        kept = text.lstrip()
+        flags = flags[len(text) - len(kept) :]
+        text = kept
+    if strip_end:
+        text = text.rstrip()
+        flags = flags[: len(text)]
+    return text, flags
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _without_first_space(text: str) -> str:
+    """The tokenizer's JSON for a run that does not begin the sequence.
+
+    SentencePiece-type tokenizers with `prepend_scheme: first` put a space before the very first word only; a run behind
+    a special token must not get one.
+    """
+    if '"first"' not in text:
+        return text
+    description = json.loads(text)
+    for part in _walk(description.get("pre_tokenizer")):
+        if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "never"
+    return json.dumps(description)
+
+
+def _walk(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    return [part, *(inner for child in part.get("pretokenizers", []) for inner in _walk(child))]

@@ -1,0 +1,60 @@
+"""Strict loading: every parameter filled, every key of the files used, every shape right; else an error by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from vlmtune.errors import WeightsError
+
+_SHOWN = 8
+
+
+def check_loading(info: Mapping[str, Any], *, where: str) -> None:
+    """Refuses what transformers' `from_pretrained(output_loading_info=True)` only warns about.
+
+    Raises:
+        WeightsError: a missing, unexpected or mis-shaped key, by name.
+    """
+    complaints = []
+    for label, meaning in (
+        ("missing_keys", "missing from the files (they would stay random)"),
+        ("unexpected_keys", "in the files but not in the model"),
+        ("mismatched_keys", "of another shape"),
+    ):
+        names = sorted(_name(entry) for entry in info.get(label) or ())
+        if names:
+            complaints.append(f"{len(names)} {meaning}: {listed(names)}")
+    if complaints:
+        raise WeightsError(
+            "the weights do not fit the model: " + "; ".join(complaints),
+            where=where,
+            remedy="Download the folder again, or check that config.json belongs to these files.",
+        )
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few names and how many more there are."""
+    names = list(names)
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
+
+
+def _name(entry: Any) -> str:
+    if isinstance(entry, str):
+        return entry
+    key, *shapes = entry
+    return f"{key} {' in the file, '.join(str(tuple(shape)) for shape in shapes)} in the model"
+
+
+def unreadable(error: OSError | SafetensorError, folder: Path) -> WeightsError:
+    """A broken or absent weight file as one paragraph."""
+    return WeightsError(
+        f"the weights cannot be read: {str(error).splitlines()[0]}",
+        where=str(folder),
+        expected="whole safetensors files, with model.safetensors.index.json if there are several",
+        remedy="Download the folder again.",
+    )
