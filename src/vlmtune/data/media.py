@@ -1,0 +1,213 @@
+"""Open a picture: its size from the header alone, or all of its pixels as RGB.
+
+Both go through `_oriented_size` and `_orientation`, so the size that plans a row is the size that training sees.
+Errors are `DataError` without a place; the caller knows the row and adds it.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import PurePath
+from typing import BinaryIO
+
+import numpy as np
+import PIL.Image
+
+from vlmtune.data.sample import MediaRef, Size
+from vlmtune.errors import DataError
+
+# What Pillow may try. Not its whole list: a picture file comes from strangers, and some readers start other programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+
+# What Pillow's readers raise on damaged bytes (its own UnidentifiedImageError is an OSError).
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+_SWAPPING = (5, 6, 7, 8)
+
+
+def size(ref: MediaRef, *, max_pixels: int) -> Size:
+    """(width, height) of a picture as it is looked at: from the header, EXIF orientation applied.
+
+    Raises:
+        DataError: missing, unreadable or foreign file, or more than `max_pixels` pixels.
+    """
+    with _header(ref, max_pixels) as (_, upright, _turned):
+        return upright
+
+
+def open_image(ref: MediaRef, *, max_pixels: int) -> PIL.Image.Image:
+    """The first frame as RGB, 8 bit a channel, EXIF orientation applied, fully decoded.
+
+    Raises:
+        DataError: as `size`, and for damaged pixel data.
+    """
+    with _header(ref, max_pixels) as (image, upright, orientation):
+        try:
+            image.load()
+            picture = _rgb(image, ref)
+        except _DAMAGE as error:
+            raise DataError(
+                f"the picture {_short(ref)} cannot be decoded ({_clause(error)})",
+                remedy="The file is damaged; replace it or take the row out.",
+            ) from error
+        if orientation in _TRANSPOSE:
+            picture = picture.transpose(_TRANSPOSE[orientation])
+    if picture.size != upright:
+        raise DataError(
+            f"the header of {_short(ref)} says {upright[0]}×{upright[1]}, its pixels are "
+            f"{picture.size[0]}×{picture.size[1]}",
+            remedy="Save the picture again with any image tool.",
+        )
+    return picture
+
+
+def read_bytes(ref: MediaRef) -> bytes:
+    """The encoded bytes of a medium.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with _stream(ref) as stream:
+        return stream.read()
+
+
+@contextmanager
+def _header(ref: MediaRef, max_pixels: int) -> Iterator[tuple[PIL.Image.Image, Size, int]]:
+    """The lazily opened picture, its upright size and its orientation (1 … 8)."""
+    with _stream(ref) as stream, warnings.catch_warnings():
+        # Pillow warns at half of its refusal point; `max_pixels` is the limit here.
+        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        try:
+            with PIL.Image.open(stream, formats=_formats()) as image:
+                orientation = _orientation(image)
+                upright = _checked_size(image, orientation, ref, max_pixels)
+                yield image, upright, orientation
+        except PIL.Image.DecompressionBombError as error:
+            raise DataError(
+                f"the picture {_short(ref)} is a decompression bomb ({_clause(error)})",
+                remedy="Take the row out, or make the picture smaller.",
+            ) from error
+        except _DAMAGE as error:
+            raise _not_a_picture(ref, error) from error
+
+
+def _checked_size(image: PIL.Image.Image, orientation: int, ref: MediaRef, max_pixels: int) -> Size:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise DataError(
+            f"the picture {_short(ref)} has {width}×{height} = {width * height:,} pixels",
+            expected=f"at most {max_pixels:,} (data.max_image_pixels)",
+            remedy="Make it smaller, raise the limit, or take the row out.",
+        )
+    if min(width, height) < 1:
+        raise DataError(f"the picture {_short(ref)} is empty ({width}×{height} pixels)")
+    return (height, width) if orientation in _SWAPPING else (width, height)
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """EXIF orientation, as far as it stands before the pixels; 1 when there is none."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFFs itself, their size included
+    if image.format == "PNG" and not ({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"} & set(image.info)):
+        return 1  # asking Pillow further would decode the whole picture
+    if image.format == "PNG" and "exif" not in image.info:
+        exif: PIL.Image.Exif = PIL.Image.Image.getexif(image)  # PngImageFile.getexif would decode the picture first
+    else:
+        exif = image.getexif()
+    found = exif.get(_ORIENTATION_TAG, 1)
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _rgb(image: PIL.Image.Image, ref: MediaRef) -> PIL.Image.Image:
+    """Any mode as 8-bit RGB; transparency is dropped, 16 bits keep their upper eight."""
+    if image.mode == "RGB":
+        return image.copy()
+    if image.mode.startswith("I"):  # I;16, I;16B, I (Pillow's own conversion clips at 255)
+        values = np.asarray(image)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise DataError(
+                f"the picture {_short(ref)} has 32-bit values",
+                expected="8 or 16 bits a channel",
+                remedy="Save it as an 8-bit PNG.",
+            )
+        gray = (values.astype(np.uint16) >> 8).astype(np.uint8)
+        return PIL.Image.fromarray(gray).convert("RGB")
+    if image.mode == "F":
+        raise DataError(
+            f"the picture {_short(ref)} holds floating-point values",
+            expected="8 or 16 bits a channel",
+            remedy="Save it as an 8-bit PNG.",
+        )
+    if image.mode in ("P", "PA"):
+        return image.convert("RGBA").convert("RGB")  # a palette with transparency has no direct way that is exact
+    return image.convert("RGB")
+
+
+@contextmanager
+def _stream(ref: MediaRef) -> Iterator[BinaryIO]:
+    if ref.inline is not None:
+        yield io.BytesIO(ref.inline)
+        return
+    try:
+        stream: BinaryIO = open(ref.path, "rb")  # noqa: SIM115 (closed below; opening has an error of its own)
+    except OSError as error:
+        raise DataError(
+            f"the file {ref.path} cannot be opened ({error.strerror or _clause(error)})",
+            remedy="Correct the path in the row, or put the file there.",
+        ) from error
+    with stream:
+        if ref.offset or ref.length is not None:
+            try:
+                stream.seek(ref.offset)
+                whole = stream.read(-1 if ref.length is None else ref.length)
+            except OSError as error:
+                raise DataError(f"{ref.path} cannot be read at byte {ref.offset} ({_clause(error)})") from error
+            yield io.BytesIO(whole)
+        else:
+            yield stream
+
+
+def _not_a_picture(ref: MediaRef, error: BaseException) -> DataError:
+    with _stream(ref) as stream:
+        try:
+            first = stream.read(24)
+        except OSError as unreadable:
+            return DataError(f"{_short(ref)} cannot be read ({_clause(unreadable)})")
+    if not first:
+        found = f"the picture {_short(ref)} is an empty file"
+    elif isinstance(error, PIL.UnidentifiedImageError):
+        found = f"{_short(ref)} is not a picture: it begins with {first!r}"
+    else:
+        found = f"the header of the picture {_short(ref)} is damaged ({_clause(error)})"
+    return DataError(found, expected="a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF file")
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    PIL.Image.init()
+    return tuple(name for name in _FORMATS if name in PIL.Image.OPEN)
+
+
+def _short(ref: MediaRef) -> str:
+    return ref.path if ref.inline is not None else PurePath(ref.path).name
+
+
+def _clause(error: BaseException) -> str:
+    return str(error).strip().rstrip(".") or type(error).__name__
