@@ -39,7 +39,8 @@ LLAVA_TEMPLATE = """{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
 
 SMOLVLM_TEMPLATE = """<|im_start|>{%- for message in messages -%}
-{{ message['role'] | capitalize }}{%- if message['content'][0]['type'] == 'image' -%}{{ ':' }}{%- else -%}{{ ': ' }}{%- endif -%}
+{{ message['role'] | capitalize }}
+{%- if message['content'][0]['type'] == 'image' -%}{{ ':' }}{%- else -%}{{ ': ' }}{%- endif -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'text' -%}{{ part['text'] }}{%- elif part['type'] == 'image' -%}{{ '<image>' }}{%- endif -%}
 {%- endfor -%}<end_of_utterance>{{ '\\n' }}

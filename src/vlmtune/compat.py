@@ -26,7 +26,7 @@ def construct_processor(processor_class: type[ProcessorMixin], **parts: Any) -> 
     where it exists only beside torchvision; the constructors of InternVL's, Qwen-VL's and SmolVLM's processors then fail
     with `AttributeError: … _extra_content`, although pictures need no video processor.
     """
-    module = transformers.processing_utils.transformers_module
+    module: Any = transformers.processing_utils.transformers_module
     if not hasattr(module, "VideoProcessorMixin"):
         module.VideoProcessorMixin = VideoProcessorMixin
     return processor_class(**parts)

@@ -21,9 +21,9 @@ Pixels = dict[str, torch.Tensor]
 def collate(rows: Sequence[Sequence[Encoded]], opened: OpenedFolder, *, max_image_pixels: int, stand_in: bool) -> Batch:
     """One micro batch.
 
-    `rows[b]` are the samples laid end to end in row b. A single row is the packed form (1, L): position_ids restart at 0
-    in every sample and there is no attention mask, from which transformers builds the block-diagonal mask. Several rows
-    hold one sample each and are padded on the right to (B, L).
+    `rows[b]` are the samples laid end to end in row b. A single row is the packed form (1, L): position_ids restart at
+    0 in every sample and there is no attention mask, from which transformers builds the block-diagonal mask. Several
+    rows hold one sample each and are padded on the right to (B, L).
 
     stand_in: give a batch without pictures one smallest picture for the tower (see `nn.stand_in`).
     """
@@ -86,8 +86,8 @@ def _pictures(sample: Encoded, opened: OpenedFolder, max_image_pixels: int) -> l
             raise with_origin(error, sample.origin) from error
         if picture.size != plan.size:
             raise DataError(
-                f"{ref.path} is {picture.width}×{picture.height} now, but its header said {plan.size[0]}×{plan.size[1]} "
-                "when the row was planned",
+                f"{ref.path} is {picture.width}×{picture.height} now, but its header said "
+                f"{plan.size[0]}×{plan.size[1]} when the row was planned",
                 where=sample.origin,
                 remedy="Do not change the data during a run.",
             )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import PIL.Image
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +83,9 @@ class Components:
         )
         for component, prefixes in groups:
             for prefix in prefixes:
-                if parameter == prefix or parameter.startswith(prefix + "."):
-                    if found is None or len(prefix) > found[0]:
-                        found = (len(prefix), component)
+                inside = parameter == prefix or parameter.startswith(prefix + ".")
+                if inside and (found is None or len(prefix) > found[0]):
+                    found = (len(prefix), component)
         return found[1] if found else None
 
 
@@ -98,10 +98,9 @@ class ModelFolder:
 
 
 class Family(Protocol):
-    """The interface; `families.conformance` in the tests is the definition of done for an implementation."""
+    """The interface; tests/families/test_conformance.py is the definition of done for an implementation."""
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is this family's; the first match in the registry wins."""
@@ -159,11 +158,7 @@ class Family(Protocol):
         ...
 
     def lawful_zeros(self, folder: ModelFolder) -> str | None:
-        """A regex over full parameter names whose gradient is zero by construction (layers behind the feature layer)."""
-        ...
-
-    def tiny(self) -> Mapping[str, PretrainedConfig]:
-        """Small configs, one per architecture that this family promises, for the conformance suite."""
+        """A regex over full names of parameters without gradient by construction (behind the feature layer)."""
         ...
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -76,7 +77,8 @@ def open_folder(path: str | os.PathLike[str], image: ImageOptions | None = None)
     except (OSError, ValueError, KeyError, TypeError) as error:
         # transformers reports absent or broken tokenizer and processor files with any of these.
         raise WeightsError(
-            f"the tokenizer or the image processor cannot be opened ({type(error).__name__}: {str(error).splitlines()[0]})",
+            "the tokenizer or the image processor cannot be opened "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})",
             where=str(folder.path),
             expected="tokenizer.json, tokenizer_config.json and preprocessor_config.json beside config.json",
             remedy="Copy the missing files from the model's repository.",
@@ -102,7 +104,7 @@ def load_model(opened: OpenedFolder, *, dtype: torch.dtype | None = None, attent
     """
     folder = opened.folder
     try:
-        model, info = opened.family.model_class(folder).from_pretrained(
+        loaded: Any = opened.family.model_class(folder).from_pretrained(
             folder.path,
             dtype=dtype if dtype is not None else "auto",
             attn_implementation=attention,
@@ -112,5 +114,6 @@ def load_model(opened: OpenedFolder, *, dtype: torch.dtype | None = None, attent
         )
     except (OSError, SafetensorError) as error:
         raise strict.unreadable(error, folder.path) from error
+    model, info = loaded
     strict.check_loading(info, where=str(folder.path))
-    return model
+    return cast(PreTrainedModel, model)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmtune.errors import WeightsError
 from vlmtune.models.auto import AutoFamily
 from vlmtune.models.family import Family
 
-FAMILIES: tuple[Family, ...] = (AutoFamily(),)  # `auto` is last: it takes whatever transformers knows
+FAMILIES: Sequence[Family] = (AutoFamily(),)  # `auto` is last: it takes whatever transformers knows
 
 
 def detect(config: Mapping[str, Any], *, where: str) -> Family:

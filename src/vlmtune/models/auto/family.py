@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -22,7 +23,7 @@ from vlmtune.config.schema import Component, ImageOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Size
 from vlmtune.errors import WeightsError
 from vlmtune.models.auto import pictures
-from vlmtune.models.auto.pictures import AutoSpec
+from vlmtune.models.auto.pictures import AutoSpec, KeyedConfig
 from vlmtune.models.auto.template import probe
 from vlmtune.models.family import ChatFormat, Components, ModelFolder
 from vlmtune.models.text import TextEncoder
@@ -54,17 +55,17 @@ class AutoFamily:
         return transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
 
     def model_class(self, folder: ModelFolder) -> type[PreTrainedModel]:
-        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self.config(folder))]
+        return _class_for(self.config(folder))
 
     def components(self, folder: ModelFolder) -> Components:
         model = _skeleton(self.model_class(folder), self.config(folder))
         names = [name for name, _ in model.named_parameters()]
-        prefixes = {
+        prefixes: dict[Component, tuple[str, ...]] = {
             "vision": _present(_VISION, names),
             "projector": _present(_PROJECTOR, names),
             "language": _present(_LANGUAGE, names),
         }
-        blank = Components(**prefixes)
+        blank = Components(vision=prefixes["vision"], projector=prefixes["projector"], language=prefixes["language"])
         uncovered = [name for name in names if blank.of(name) is None]
         if uncovered:
             raise WeightsError(
@@ -73,7 +74,7 @@ class AutoFamily:
                 expected="names under " + ", ".join((*_VISION, *_PROJECTOR, *_LANGUAGE, "lm_head")),
                 remedy=f"The architecture {folder.config.get('model_type')!r} is not supported yet.",
             )
-        return Components(**prefixes, blocks=_blocks(model, blank))
+        return dataclasses.replace(blank, blocks=_blocks(model, blank))
 
     def tokenizer(self, folder: ModelFolder) -> PreTrainedTokenizerBase:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
@@ -93,8 +94,8 @@ class AutoFamily:
         return AutoSpec(
             image_processor=image_processor,
             processor=processor,
-            placeholder_id=tokenizer.convert_tokens_to_ids(processor.image_token),
-            rope_config=config if config.model_type in _MULTI_AXIS else None,
+            placeholder_id=int(processor.image_token_id),
+            rope_config=KeyedConfig(config) if config.model_type in _MULTI_AXIS else None,
         )
 
     def picture_settings(self, folder: ModelFolder, options: ImageOptions) -> Mapping[str, Any]:
@@ -181,6 +182,10 @@ class AutoFamily:
         return rf"model\.vision_tower\..*(layers\.({behind})\..*|post_layernorm\..*|\bhead\..*)"
 
 
+def _class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
+    return cast(type[PreTrainedModel], MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)])
+
+
 @functools.cache
 def _known_model_types() -> frozenset[str]:
     return frozenset(config.model_type for config in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
@@ -226,10 +231,10 @@ def _image_processor(folder: ModelFolder, options: ImageOptions) -> Any:
 
 def _processor(
     folder: ModelFolder, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, image_processor: Any
-) -> ProcessorMixin:
+) -> Any:
     """The model's processor class, for what it knows of ids per picture; the pictures go through `image_processor`."""
     try:
-        processor_class = PROCESSOR_MAPPING[type(config)]
+        processor_class = cast(type[ProcessorMixin], PROCESSOR_MAPPING[type(config)])
     except KeyError as error:
         raise WeightsError(
             f"transformers has no processor class for {config.model_type!r}", where=str(folder.path)
@@ -261,10 +266,12 @@ def _axes(
 
     The first row restarts at 0 in every sample: transformers builds the block-diagonal mask of a pack from it.
     """
+    if spec.rope_config is None:
+        raise ValueError("this model has one position axis")
     types = _token_types(sample)
     grids = torch.cat([picture["image_grid_thw"] for picture in pixels]) if pixels else None
     ids = torch.from_numpy(sample.input_ids.astype(np.int64))[None]
-    model = _rope_model(json.dumps(spec.rope_config.to_dict(), sort_keys=True, default=str), _Keep(spec.rope_config))
+    model = _rope_model(spec.rope_config)
     axes, _ = model.get_rope_index(ids, mm_token_type_ids=types[None], image_grid_thw=grids)
     return types, torch.cat([torch.arange(sample.num_tokens)[None], axes[:, 0]])
 
@@ -277,23 +284,9 @@ def _token_types(sample: Encoded) -> torch.Tensor:
     return types
 
 
-class _Keep:
-    """Carries a value past `lru_cache` without being part of the key."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keep)
-
-    def __hash__(self) -> int:
-        return 0
-
-
 @functools.lru_cache(maxsize=4)
-def _rope_model(key: str, config: _Keep) -> Any:
+def _rope_model(keyed: KeyedConfig) -> Any:
     """The model's inner class without storage and with one layer: its `get_rope_index` reads the config only."""
-    del key
-    shallow = copy.deepcopy(config.value)
+    shallow = copy.deepcopy(keyed.config)
     shallow.get_text_config().num_hidden_layers = 1
-    return _skeleton(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(shallow)], shallow).model
+    return _skeleton(_class_for(shallow), shallow).model

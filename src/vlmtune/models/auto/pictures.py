@@ -7,6 +7,7 @@ running it over a blank picture of the same size, once per size: right, and slow
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -173,6 +174,20 @@ KINDS: tuple[PictureKind, ...] = (
 )
 
 
+class KeyedConfig:
+    """A config that `lru_cache` can compare: two with the same contents are the same."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeyedConfig) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoSpec:
     """Everything about pictures of one opened folder. Picklable.
@@ -185,7 +200,7 @@ class AutoSpec:
     image_processor: Any
     processor: Any
     placeholder_id: int
-    rope_config: Any | None
+    rope_config: KeyedConfig | None
     known_ids: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -78,7 +78,7 @@ def probe(
         raise WeightsError(
             f"the chat template cannot be cut into pieces: {reason}",
             where=place,
-            remedy="Put a simpler chat_template.jinja into the folder (one turn after another, nothing that looks back).",
+            remedy="Put a simpler chat_template.jinja into the folder: turn after turn, nothing that looks back.",
         ) from reason
     return chat
 
