@@ -192,7 +192,10 @@ def _missing(found: Any, keys: list[int | str], field: FieldInfo | None) -> str:
     if field.description:
         return f"missing: {field.description[0].lower()}{field.description[1:].rstrip('.')}"
     sections = _sections(field.annotation)
-    return f"missing; expected {_sketch(sections)}" if sections else "missing"
+    if not sections:
+        return "missing"
+    listed = not any(_is_section(member) for member in _members(field.annotation))
+    return f"missing; expected {'a list of ' if listed else ''}{_sketch(sections)}"
 
 
 def _sketch(sections: Sequence[type[Section]]) -> str:
@@ -237,12 +240,9 @@ def _unknown_key(keys: list[str], holder: type[Section] | None) -> str:
     near = _did_you_mean(key.replace("-", "_"), known)
     if near:
         return f"unknown key{near}"
-    elsewhere = [path for path in leaves() if path.rpartition(".")[2] == key]
+    elsewhere = option_named(key)
     if elsewhere:
-        return f"unknown key; did you mean {' or '.join(elsewhere)}?"
-    far = difflib.get_close_matches(key, [path.rpartition(".")[2] for path in leaves()], n=1, cutoff=0.8)
-    if far:
-        return f"unknown key; did you mean {next(path for path in leaves() if path.endswith('.' + far[0]))}?"
+        return f"unknown key; did you mean {elsewhere}?"
     extra = " (other arguments of transformers.TrainingArguments go into train.extra)" if section == "train" else ""
     return f"unknown key; expected one of {', '.join(known)}{extra}"
 
@@ -259,3 +259,16 @@ def leaves(kind: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
 def _sections(kind: Any) -> list[type[Section]]:
     """The sections that may stand in a field: itself, a member of a union, or the entries of a list."""
     return [one for member in _members(kind) for one in (member, *_members(_item_of(member))) if _is_section(one)]
+
+
+def option_named(name: str) -> str | None:
+    """The option that `name` means, here or in another tool, as a dotted path."""
+    hint = HINTS.get(name)
+    if hint is not None:
+        return hint.key
+    paths = list(dict.fromkeys(leaves()))
+    exact = [path for path in paths if name in (path, path.rpartition(".")[2])]
+    if exact:
+        return exact[0]
+    near = difflib.get_close_matches(name, [path.rpartition(".")[2] for path in paths], n=1, cutoff=0.8)
+    return next(path for path in paths if path.endswith(f".{near[0]}")) if near else None

@@ -124,7 +124,7 @@ def _complete(values: dict[str, Any], place: Place) -> None:
     lora_only = [key for key in tuning if key in LoraTuning.model_fields and key not in FullTuning.model_fields]
     if lora_only:
         raise ConfigError(
-            f"{lora_only[0]} is an option of LoRA, but no method is given",
+            "is an option of LoRA, but no method is given",
             where=f"{locate(place, ['tuning', lora_only[0]])[0]}: tuning.{lora_only[0]}",
             remedy="Add `method: lora` (or dora, rslora) under tuning.",
         )

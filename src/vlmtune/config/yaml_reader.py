@@ -50,14 +50,21 @@ class ResolvedDumper(yaml.SafeDumper):
         return True
 
 
-def _add_resolvers() -> None:
+def _represent_text(dumper: ResolvedDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML takes these three for line breaks and loses them, unless they are escaped.
+    style = '"' if any(mark in text for mark in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+def _prepare_dumper() -> None:
+    ResolvedDumper.add_representer(str, _represent_text)
     for tag, pattern in (("int", _INT), ("float", _FLOAT)):
         ResolvedDumper.add_implicit_resolver(
             f"tag:yaml.org,2002:{tag}", re.compile(rf"(?:{pattern.pattern})\Z"), list("-+.0123456789")
         )
 
 
-_add_resolvers()
+_prepare_dumper()
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], Place]:
