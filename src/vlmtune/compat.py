@@ -22,11 +22,21 @@ class NullVideoProcessor(VideoProcessorMixin):
 def construct_processor(processor_class: type[ProcessorMixin], **parts: Any) -> ProcessorMixin:
     """Constructs a processor that has a `video_processor` slot on a machine without torchvision.
 
-    transformers 5.23: `check_argument_for_proper_class` looks the name `VideoProcessorMixin` up in the top-level module,
-    where it exists only beside torchvision; the constructors of InternVL's, Qwen-VL's and SmolVLM's processors then fail
-    with `AttributeError: … _extra_content`, although pictures need no video processor.
+    transformers 5.23: `check_argument_for_proper_class` looks the name `VideoProcessorMixin` up in the top-level
+    module, where it exists only beside torchvision; the constructors of InternVL's, Qwen-VL's and SmolVLM's processors
+    then fail with `AttributeError: … _extra_content`, although pictures need no video processor.
     """
     module: Any = transformers.processing_utils.transformers_module
     if not hasattr(module, "VideoProcessorMixin"):
         module.VideoProcessorMixin = VideoProcessorMixin
     return processor_class(**parts)
+
+
+def disable_deepspeed_shm_comm() -> None:
+    """Lets DeepSpeed use gloo on a CPU without compiling its shared-memory collectives first.
+
+    deepspeed 0.19: the first run builds `deepspeed_shm_comm` with g++ (minutes), and fails where there is no compiler.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -109,6 +109,7 @@ def load_model(opened: OpenedFolder, *, dtype: torch.dtype | None = None, attent
             dtype=dtype if dtype is not None else "auto",
             attn_implementation=attention,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, by name, with the other complaints
             output_loading_info=True,
             trust_remote_code=False,
         )

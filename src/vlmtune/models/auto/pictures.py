@@ -78,11 +78,11 @@ def _grid_layout(processor: Any, size: Size) -> tuple[int, ...]:
 def _grid_overrides(processor: Any, options: ImageOptions) -> dict[str, Any]:
     if options.min_pixels is None and options.max_pixels is None:
         return {}
-    size = {
-        "shortest_edge": options.min_pixels or processor.size["shortest_edge"],
-        "longest_edge": options.max_pixels or processor.size["longest_edge"],
+    # The older names: they win over `size` when the folder's file has both.
+    return {
+        "min_pixels": options.min_pixels or processor.size["shortest_edge"],
+        "max_pixels": options.max_pixels or processor.size["longest_edge"],
     }
-    return {"size": size}
 
 
 def _split_layout(processor: Any, size: Size) -> tuple[int, ...]:
@@ -213,6 +213,14 @@ def find_kind(image_processor: Any) -> PictureKind | None:
     return next((kind for kind in KINDS if name in kind.processors), None)
 
 
+_OPTION_OF = {
+    "min_patches": "min_tiles",
+    "max_patches": "max_tiles",
+    "min_pixels": "min_pixels",
+    "max_pixels": "max_pixels",
+}
+
+
 def overrides(image_processor: Any, options: ImageOptions) -> dict[str, Any]:
     """The image processor's own arguments for `model.image`; an option without effect on this model is an error."""
     given = options.model_dump(exclude_none=True)
@@ -220,10 +228,7 @@ def overrides(image_processor: Any, options: ImageOptions) -> dict[str, Any]:
     if not given:
         return {}
     changed = kind.overrides(image_processor, options) if kind else {}
-    understood = {"min_patches": "min_tiles", "max_patches": "max_tiles"}
-    used = {understood[key] for key in changed if key in understood}
-    if "size" in changed:
-        used |= {"min_pixels", "max_pixels"} & set(given)
+    used = {_OPTION_OF[key] for key in changed} & set(given)
     idle = sorted(set(given) - used)
     if idle:
         raise ConfigError(

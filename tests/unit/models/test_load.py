@@ -1,0 +1,148 @@
+"""Opening and loading folders: strictness, refusals, no remote code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from rows import conversation, write_picture
+from safetensors.torch import load_file, save_file
+
+from vlmtune.config.schema import ImageOptions
+from vlmtune.data.encode import encode
+from vlmtune.errors import ConfigError, DataError, WeightsError
+from vlmtune.models.auto import pictures
+from vlmtune.models.load import load_model, open_folder
+
+
+@pytest.fixture
+def folder(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder("internvl"), tmp_path / "model"))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_missing_key_is_named(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.pop("language_model.model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(WeightsError, match=r"1 missing.*layers\.1\.mlp\.up_proj\.weight") as caught:
+        load_model(open_folder(folder))
+    assert caught.value.exit_code == 4
+
+
+def test_an_unexpected_key_is_named(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({"language_model.model.layers.7.extra": torch.zeros(2)}))
+    with pytest.raises(WeightsError, match=r"1 in the files but not in the model.*layers\.7\.extra"):
+        load_model(open_folder(folder))
+
+
+def test_a_shape_that_differs_is_named(folder: Path) -> None:
+    key = "language_model.model.norm.weight"
+    rewrite(folder, lambda tensors: tensors.update({key: torch.zeros(7)}))
+    with pytest.raises(WeightsError, match=r"another shape.*norm\.weight \(7,\) in the file, \(48,\) in the model"):
+        load_model(open_folder(folder))
+
+
+def test_a_truncated_file_is_an_error(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_model(open_folder(folder))
+
+
+def test_no_weights_at_all(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_model(open_folder(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2"}'), "'qwen2'.*not known"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer or the image processor"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
+    ],
+    ids=["no config", "broken config", "text model", "no tokenizer", "no template"],
+)
+def test_broken_folders(folder: Path, change: Callable[[Path], None], message: str) -> None:
+    change(folder)
+    with pytest.raises(WeightsError, match=message):
+        open_folder(folder)
+
+
+def test_a_name_that_is_no_folder_says_so() -> None:
+    with pytest.raises(WeightsError, match="no such folder"):
+        open_folder("nobody/nothing-of-that-name")
+
+
+def test_no_remote_code_is_run(folder: Path, tmp_path: Path) -> None:
+    witness = tmp_path / "executed"
+    trap = f"open({str(witness)!r}, 'w').write('yes')\n"
+    for name in ("modeling_trap.py", "configuration_trap.py", "processing_trap.py", "tokenization_trap.py"):
+        (folder / name).write_text(trap)
+    for file, entries in (
+        ("config.json", {"AutoConfig": "configuration_trap.C", "AutoModelForImageTextToText": "modeling_trap.M"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["tokenization_trap.T", None]}),
+        ("preprocessor_config.json", {"AutoImageProcessor": "processing_trap.P"}),
+    ):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({**content, "auto_map": entries}))
+    load_model(open_folder(folder))
+    assert not witness.exists()
+
+
+def test_image_options_reach_the_plan(folder: Path) -> None:
+    wide = (640, 160)
+    default = open_folder(folder)
+    fewer = open_folder(folder, ImageOptions(max_tiles=1))
+    assert default.family.plan([wide], default.spec)[0].num_tiles == 5
+    assert fewer.family.plan([wide], fewer.spec)[0].num_tiles == 1
+
+
+def test_pixel_options_reach_the_plan(tiny_folder: Callable[[str], Path]) -> None:
+    opened = open_folder(tiny_folder("qwen2_5_vl"), ImageOptions(max_pixels=56 * 56))
+    assert opened.family.plan([(640, 640)], opened.spec)[0].num_tokens == 4
+
+
+def test_an_option_without_effect_is_refused(folder: Path, tiny_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.image: max_pixels has no effect"):
+        open_folder(folder, ImageOptions(max_pixels=1000))
+    with pytest.raises(ConfigError, match="max_tiles has no effect"):
+        open_folder(tiny_folder("llava"), ImageOptions(max_tiles=3))
+
+
+def test_a_row_names_its_origin_when_the_model_refuses_a_picture(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    opened = open_folder(tiny_folder("qwen2_5_vl"))
+    ref = write_picture(tmp_path, (500, 2))
+    row = conversation(("user", [ref, "What?"]), ("assistant", ["A line."]), origin="rows.jsonl:7")
+    with pytest.raises(DataError, match=r"^rows\.jsonl:7: the picture is 500×2"):
+        encode(row, opened, max_image_pixels=10**7)
+
+
+def test_an_unknown_image_processor_is_asked_with_a_blank_picture(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_folder(tiny_folder("internvl"))
+    sizes = [(100, 40), (33, 640), (32, 32)]
+    known = opened.family.plan(sizes, opened.spec)
+    monkeypatch.setattr(pictures, "KINDS", ())
+    opened.spec.known_ids.clear()
+    asked = opened.family.plan(sizes, opened.spec)
+    assert [plan.num_tokens for plan in asked] == [plan.num_tokens for plan in known]
+    assert [plan.num_tiles for plan in asked] == [plan.num_tiles for plan in known]
+    picture = PIL.Image.fromarray(np.zeros((40, 100, 3), dtype=np.uint8))
+    assert opened.family.pixels(picture, asked[0], opened.spec)["pixel_values"].shape[0] == asked[0].num_tiles
