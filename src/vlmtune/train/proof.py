@@ -1,0 +1,133 @@
+"""The first-step proof: every tensor that should train got a finite, non-zero gradient, or the run stops with the names.
+
+Gradients are watched by tensor hooks during the backward pass: before DDP or ZeRO reduces, and where ZeRO later leaves no
+`.grad`. Under FSDP2 a parameter is a shard whose hooks do not fire; there the reduced shard is read after the backward.
+Either way the figures of all ranks are joined by their maximum. There is no tolerance: exactly zero, or not finite.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from vlmtune.config.schema import Component
+from vlmtune.errors import ProofError
+from vlmtune.models.family import OpenedFolder
+from vlmtune.tuning.components import component_of, native_name
+
+# Softmax does not see a constant added to all keys: this gradient is zero by algebra unless positions are rotated in.
+_KEY_BIAS = re.compile(r"(?:^|\.)(?:k_proj|key|k)\.bias$")
+_LORA_A = re.compile(r"\.lora_(?:embedding_)?A\.")
+_SHOWN = 12
+
+
+class FirstStepProof:
+    """Watches one model until every trained tensor is proven.
+
+    A tensor that may lawfully be zero now is demanded later: the tower at the first step with pictures, LoRA's A at the
+    first step after B moved. `pending` names what is still open.
+    """
+
+    def __init__(self, model: nn.Module, opened: OpenedFolder) -> None:
+        self._trained: dict[str, tuple[Component, nn.Parameter]] = {
+            name: (component_of(name, opened.components), parameter)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+        self.pending: set[str] = set(self._trained)
+        self._watched: set[str] = set()
+        self._largest: dict[str, torch.Tensor] = {}
+        self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
+
+    def begin_step(self, *, pictures: bool, adapters_moved: bool) -> None:
+        """Chooses what this step must prove.
+
+        Args:
+            pictures: some micro batch of the step, on any rank, holds a picture.
+            adapters_moved: an optimizer step with a learning rate above zero has been taken, so LoRA's B is not zero.
+        """
+        self._largest.clear()
+        self._watched = {name for name in self.pending if self._is_due(name, pictures, adapters_moved)}
+        for name in self._watched:
+            parameter = self._trained[name][1]
+            if name not in self._hooks and not isinstance(parameter, DTensor):
+                self._hooks[name] = parameter.register_hook(partial(self._saw, name))
+
+    def _is_due(self, name: str, pictures: bool, adapters_moved: bool) -> bool:
+        if self._trained[name][0] != "language" and not pictures:
+            return False
+        return adapters_moved or not _LORA_A.search(name)
+
+    def _saw(self, name: str, gradient: torch.Tensor) -> None:
+        if name not in self._watched or not gradient.numel():
+            return
+        largest = gradient.detach().abs().amax().float()  # NaN wins over every number here and below
+        before = self._largest.get(name)
+        self._largest[name] = largest if before is None else torch.maximum(before, largest)
+
+    def end_step(self, device: torch.device, join: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Judges the step.
+
+        Args:
+            join: element-wise maximum over all ranks of a float32 tensor (k,).
+
+        Raises:
+            ProofError: names tensors with a zero or non-finite gradient.
+        """
+        if not self._watched:
+            return
+        for name in self._watched:
+            parameter = self._trained[name][1]
+            if isinstance(parameter, DTensor) and isinstance(parameter.grad, DTensor):
+                self._saw(name, parameter.grad.to_local())
+        order = sorted(self._watched)
+        nothing = torch.zeros((), device=device)
+        seen = torch.stack([self._largest.get(name, nothing).to(device) for name in order])
+        broken = ~torch.isfinite(seen)
+        figures = join(torch.cat([torch.where(broken, 0.0, seen), broken.float()])).tolist()
+        largest = dict(zip(order, figures[: len(order)], strict=True))
+        not_finite = [name for name, flag in zip(order, figures[len(order) :], strict=True) if flag]
+        zero = [
+            name
+            for name in order
+            if not largest[name] and name not in not_finite and not _KEY_BIAS.search(native_name(name))
+        ]
+        if not_finite or zero:
+            raise _failed(not_finite, zero)
+        self.pending -= self._watched
+        for name in self._watched & set(self._hooks):
+            self._hooks.pop(name).remove()
+        self._watched = set()
+
+    def open_components(self) -> Mapping[Component, int]:
+        """How many tensors are still unproven, by component."""
+        counts: dict[Component, int] = {}
+        for name in self.pending:
+            component = self._trained[name][0]
+            counts[component] = counts.get(component, 0) + 1
+        return counts
+
+
+def _failed(not_finite: list[str], zero: list[str]) -> ProofError:
+    found = []
+    if not_finite:
+        found.append(f"{len(not_finite)} tensors have a gradient that is not finite: {_listed(not_finite)}")
+    if zero:
+        found.append(f"{len(zero)} tensors that should train have a zero gradient: {_listed(zero)}")
+    return ProofError(
+        "; ".join(found),
+        where="first-step proof",
+        expected="a finite, non-zero gradient in every trained tensor",
+        remedy="Freeze what cannot train, lower the learning rate if it overflowed, or look at the rows with "
+        "`vlmtune preview`; train.first_step_proof=false skips this test.",
+    )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

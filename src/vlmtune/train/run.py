@@ -1,0 +1,233 @@
+"""A training run from its configuration to its summary."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from vlmtune.config.load import dump_config
+from vlmtune.config.schema import RunConfig, SourceConfig
+from vlmtune.data.loader import MicroBatches
+from vlmtune.data.measure import measure
+from vlmtune.data.packing import Plan, TrainPlan, make_eval_plan, make_plan
+from vlmtune.data.sources import Corpus, open_corpus
+from vlmtune.errors import Interrupted, TrainingError
+from vlmtune.files import write_atomic
+from vlmtune.infer.locate import BEST_FILE, RUN_FILE
+from vlmtune.models.family import OpenedFolder
+from vlmtune.models.load import open_folder
+from vlmtune.train import arguments, checkpoint, folder, weights
+from vlmtune.train.best import best_of, should_stop
+from vlmtune.train.callbacks import ProgressBar, StopSignal
+from vlmtune.train.metrics import MetricsLog
+from vlmtune.train.processes import Processes
+from vlmtune.train.trainer import Job, VlmTrainer
+from vlmtune.tuning.components import learning_rates, report, table
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """What a run left behind.
+
+    best: the checkpoint to use: the smallest eval loss, or the last one without evaluation.
+    already_finished: the run was over before this call, which did nothing.
+    """
+
+    run_dir: Path
+    best: Path
+    steps: int
+    train_loss: float | None
+    eval_loss: float | None
+    stopped_early: bool = False
+    already_finished: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    train: MicroBatches
+    plan: TrainPlan
+    eval: MicroBatches | None
+
+
+def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
+    """Trains what the configuration says, or goes on with it where a run in the same folder stopped.
+
+    Args:
+        config: as `config.load` gives it, with absolute paths and a `train.output_dir`.
+        say: gets what a person should read, line by line, in the first process only.
+
+    Raises:
+        VlmtuneError: see `errors`; `Interrupted` after a signal, when the checkpoint has been written.
+    """
+    processes = Processes()
+    tell: Say = say if say is not None and processes.is_first else _silent
+    strategy = arguments.resolve_strategy(config.train, processes.world)
+    if config.train.output_dir is None:
+        raise TrainingError("has no value", where="train.output_dir", remedy="Load the configuration with load_config.")
+    run_dir = Path(config.train.output_dir)
+    stop = StopSignal()
+    with _alone(run_dir, processes), stop.caught():
+        folder.claim(run_dir, config)
+        if (done := folder.finished(run_dir)) is not None:
+            tell(f"This run is finished: {done['steps']} steps, best checkpoint {run_dir / done['best']}.")
+            return _result(run_dir, done, already_finished=True)
+        opened = open_folder(config.model.path, config.model.image)
+        data = _lay_out(config, opened, processes, strategy, tell)
+        resumed = _begin(run_dir, config, data, processes, strategy, tell)
+        args = arguments.build(
+            config,
+            run_dir=run_dir,
+            num_steps=data.plan.num_steps,
+            accumulation=data.plan.micro_batches_per_step // processes.world,
+            strategy=strategy,
+        )
+        set_seed(config.train.seed)  # adapters begin alike on every rank
+        model = weights.load(config, opened, resumed, partitioned=strategy == "zero3")
+        rates = learning_rates(config.train.learning_rate, config.tuning.learning_rates)
+        tell(table(report(model, opened, rates)))
+        job = Job(
+            config=config,
+            opened=opened,
+            plan=data.plan,
+            rates=rates,
+            strategy=strategy,
+            provenance=checkpoint.provenance(
+                config, opened, strategy=strategy, world=processes.world, threads=torch.get_num_threads()
+            ),
+            say=tell,
+            stop=stop,
+        )
+        trainer = VlmTrainer(model, args, job, train_dataset=data.train, eval_dataset=data.eval)
+        arguments.check_wrapper(strategy, trainer.accelerator.distributed_type)
+        summary = _run(trainer, run_dir, resumed, processes)
+        tell(_closing(run_dir, summary, trainer))
+        return _result(run_dir, summary)
+
+
+def _silent(line: str) -> None:
+    del line
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path, processes: Processes) -> Iterator[None]:
+    """The first process holds the lock for all."""
+    with folder.locked(run_dir) if processes.is_first else contextlib.nullcontext():
+        yield
+
+
+def _lay_out(
+    config: RunConfig, opened: OpenedFolder, processes: Processes, strategy: arguments.Strategy, tell: Say
+) -> _Data:
+    """Reads all rows, refuses bad ones, plans the run and prints its arithmetic."""
+    packed = config.data.packing and opened.why_not_packed is None
+    if config.data.packing and not packed:
+        tell(f"This model cannot pack: {opened.why_not_packed}. Rows are padded instead.")
+
+    def planned(sources: tuple[SourceConfig, ...], make: Callable[..., Any]) -> tuple[Corpus, Any]:
+        corpus = open_corpus(sources, allow=config.data.allow)
+        measured = processes.first_does(
+            lambda: measure(corpus, opened, max_image_pixels=config.data.max_image_pixels, workers=config.data.workers)
+        )
+        return corpus, make(measured, corpus, config, world=processes.world, packed=packed)
+
+    def batches(corpus: Corpus, plan: Plan) -> MicroBatches:
+        stand_in = arguments.needs_stand_in(config, strategy)
+        return MicroBatches(corpus, opened, plan, config, stand_in=stand_in, packed=packed)
+
+    corpus, plan = planned(config.data.sources, make_plan)
+    tell(arithmetic_text(plan.arithmetic()))
+    eval_batches = batches(*planned(config.data.eval, make_eval_plan)) if config.data.eval else None
+    return _Data(train=batches(corpus, plan), plan=plan, eval=eval_batches)
+
+
+def arithmetic_text(numbers: dict[str, int | float]) -> str:
+    """The batch arithmetic of a plan, one number per line."""
+    return "\n".join(f"{name.replace('_', ' '):<24}{number:>12,.6g}" for name, number in numbers.items())
+
+
+def _begin(
+    run_dir: Path, config: RunConfig, data: _Data, processes: Processes, strategy: str, tell: Say
+) -> Path | None:
+    """Makes the folder this run's and cleans it; the checkpoint to go on from, or None."""
+    digests = {"rows": data.train.corpus.digest(), "plan": data.plan.digest}
+    if data.eval is not None:
+        digests["eval rows"] = data.eval.corpus.digest()
+    folder.claim(run_dir, config, digests)
+    if processes.is_first:
+        for name in checkpoint.remove_leftovers(run_dir):
+            tell(f"Removed {name}, which was only half written.")
+        write_atomic(run_dir / RUN_FILE, dump_config(config))
+    processes.wait()
+    latest = next(reversed(checkpoint.whole(run_dir)), None)
+    if latest is not None:
+        checkpoint.check_resumable(latest, strategy=strategy, world=processes.world)
+        tell(f"Going on from {latest.name}.")
+    return latest
+
+
+def _run(trainer: VlmTrainer, run_dir: Path, resumed: Path | None, processes: Processes) -> dict[str, Any]:
+    """Trains to the end, an early stop, or a signal; the summary that `finished.json` keeps."""
+    bar = ProgressBar(trainer.args.max_steps)
+    trainer.add_callback(bar)
+    if processes.is_first:
+        trainer.metrics_log = MetricsLog(run_dir, first_step=checkpoint.step_of(resumed) if resumed else 0)
+    try:
+        output = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    finally:
+        bar.close()
+        if trainer.metrics_log is not None:
+            trainer.metrics_log.close()
+    state = trainer.state
+    if trainer.stop_signal is not None and state.global_step < trainer.args.max_steps:
+        raise Interrupted(
+            f"stopped at step {state.global_step} of {trainer.args.max_steps}, after saving a checkpoint",
+            signal_number=trainer.stop_signal,
+            where=str(run_dir),
+            remedy="The same command goes on from there.",
+        )
+    best = best_of(trainer.evaluations)
+    last = checkpoint.folder_of(run_dir, state.global_step)
+    summary = {
+        "steps": state.global_step,
+        "best": checkpoint.folder_of(run_dir, best.step).name if best else last.name,
+        "train_loss": output.training_loss,
+        "eval_loss": best.loss if best else None,
+        "stopped_early": trainer.stopped_early,
+    }
+    processes.wait()
+    if processes.is_first:
+        folder.mark_finished(run_dir, summary)
+    return summary
+
+
+def _result(run_dir: Path, summary: dict[str, Any], *, already_finished: bool = False) -> TrainResult:
+    return TrainResult(
+        run_dir=run_dir,
+        best=run_dir / summary["best"],
+        steps=summary["steps"],
+        train_loss=summary["train_loss"],
+        eval_loss=summary["eval_loss"],
+        stopped_early=summary["stopped_early"],
+        already_finished=already_finished,
+    )
+
+
+def _closing(run_dir: Path, summary: dict[str, Any], trainer: VlmTrainer) -> str:
+    """What a person wants to know at the end."""
+    lines = [f"Done: {summary['steps']} steps" + (", stopped early." if summary["stopped_early"] else ".")]
+    if summary["eval_loss"] is not None:
+        lines.append(f"Best eval loss {summary['eval_loss']:.4f}, {run_dir / summary['best']}")
+    else:
+        lines.append(f"Last checkpoint {run_dir / summary['best']}")
+    for component, count in trainer.unproven.items():
+        lines.append(f"Note: {count} trained tensors of {component} never took part in a step, so nothing proved them.")
+    lines.append(f"Next: vlmtune export {run_dir} -o DIR")
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""The weights that a run starts from: the base model, or those of the checkpoint that it goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import GenerationConfig, PreTrainedModel
+
+from vlmtune.config.schema import RunConfig
+from vlmtune.errors import WeightsError
+from vlmtune.models.family import OpenedFolder
+from vlmtune.models.load import load_model, open_folder
+from vlmtune.train.arguments import resolve_precision
+from vlmtune.tuning.adapters import prepare
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def load(
+    config: RunConfig, opened: OpenedFolder, resumed: Path | None, *, partitioned: bool
+) -> PreTrainedModel | PeftModel:
+    """The prepared model on the CPU, with the weights of `resumed` if there is one.
+
+    Full tuning keeps float32 master weights and computes under autocast; under an adapter the frozen base is kept in the
+    precision of the forward pass.
+
+    Args:
+        partitioned: ZeRO-3, where DeepSpeed reads the adapter of a checkpoint itself.
+    """
+    full = config.tuning.method == "full"
+    half = not full and resolve_precision(config.train) == "bfloat16"
+    source = open_folder(resumed, config.model.image) if full and resumed is not None else opened
+    model = load_model(source, dtype=torch.bfloat16 if half else torch.float32, attention=config.model.attention)
+    _make_savable(model)
+    prepared = prepare(model, opened, config.tuning)
+    if isinstance(prepared, PeftModel) and resumed is not None and not partitioned:
+        _load_adapter(prepared, resumed)
+    return prepared
+
+
+def _make_savable(model: PreTrainedModel) -> None:
+    """transformers refuses to save generation settings that contradict each other, as some public models' do.
+
+    The base folder's own generation_config.json is copied into every checkpoint afterwards, so nothing is lost.
+    """
+    if not model.can_generate() or model.generation_config is None:
+        return
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig()
+
+
+def _load_adapter(model: PeftModel, folder: Path) -> None:
+    """Fills the adapter, every tensor of it.
+
+    Raises:
+        WeightsError: keys that differ.
+    """
+    saved = load_file(folder / ADAPTER_WEIGHTS)
+    differing = sorted(set(saved) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
+    if differing:
+        raise WeightsError(
+            f"the adapter does not fit this run; keys that differ: {', '.join(differing[:5])}",
+            where=str(folder / ADAPTER_WEIGHTS),
+        )
+    set_peft_model_state_dict(model, saved)

@@ -1,0 +1,155 @@
+"""LoRA, DoRA and rsLoRA through PEFT, with targets named by component."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from vlmtune.config.schema import COMPONENTS, Component, FullTuning, LoraTuning
+from vlmtune.errors import ConfigError
+from vlmtune.models.family import Components, OpenedFolder
+from vlmtune.tuning.components import component_of, freeze_all_but, never_trains
+
+HEAD = "head"
+
+
+def prepare(
+    model: PreTrainedModel, opened: OpenedFolder, tuning: FullTuning | LoraTuning
+) -> PreTrainedModel | PeftModel:
+    """Makes ready what trains: freezes components, or wraps the model with an adapter.
+
+    Every trained tensor is float32 afterwards, whatever the base is kept in.
+
+    Raises:
+        ConfigError: a target hits no Linear layer; the message names candidates.
+        WeightsError: a parameter belongs to no component.
+    """
+    if isinstance(tuning, FullTuning):
+        freeze_all_but(model, opened, tuning.train)
+        prepared: PreTrainedModel | PeftModel = model
+    else:
+        prepared = _with_adapter(model, opened, tuning)
+    for parameter in prepared.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            # Small updates vanish in bfloat16; the forward pass runs under autocast.
+            parameter.data = parameter.data.float()
+    return prepared
+
+
+def target_modules(model: nn.Module, opened: OpenedFolder, targets: Sequence[str]) -> list[str]:
+    """Names of the Linear layers that the targets mean: components (their blocks), `head`, or suffixes of names."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    idle = never_trains(opened)
+    linear = [name for name in linear if not (idle and idle.search(f"{name}.weight"))]
+    chosen: dict[str, None] = {}
+    for target in targets:
+        hits = [name for name in linear if _is_meant(name, target, opened.components)]
+        if not hits:
+            raise _no_hits(target, linear, opened.components)
+        chosen.update(dict.fromkeys(hits))
+    return list(chosen)
+
+
+def target_regex(names: Iterable[str]) -> str:
+    """One regular expression that matches these full names and no other (PEFT matches it against the whole name).
+
+    Names that differ only in layer numbers share a branch, so the adapter's config stays readable.
+    """
+    patterns: dict[str, set[str]] = {}
+    for name in names:
+        pattern = ".".join("#" if part.isdigit() else part for part in name.split("."))
+        patterns.setdefault(pattern, set()).add(name)
+    return "|".join(_numbered(pattern, found) for pattern, found in patterns.items())
+
+
+def _numbered(pattern: str, names: set[str]) -> str:
+    """The pattern with the numbers that really occur in place of each `#`."""
+    if "#" not in pattern:
+        return re.escape(pattern)
+    numbers = [tuple(int(part) for part in name.split(".") if part.isdigit()) for name in names]
+    columns = [sorted(set(column)) for column in zip(*numbers, strict=True)]
+    product = 1
+    for column in columns:
+        product *= len(column)
+    if product != len(names):  # not a full grid: spelled out, since a shorter pattern would match too much
+        return "|".join(re.escape(name) for name in sorted(names))
+    choices = iter(columns)
+    parts = (_one_of(next(choices)) if part == "#" else re.escape(part) for part in pattern.split("."))
+    return r"\.".join(parts)
+
+
+def _one_of(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else "(?:" + "|".join(map(str, numbers)) + ")"
+
+
+def _is_meant(name: str, target: str, components: Components) -> bool:
+    if target == HEAD:
+        return name in components.head
+    if target in COMPONENTS:
+        prefixes = components.blocks.get(target) or _prefixes(components, target)
+        return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+    return name == target or name.endswith("." + target)
+
+
+def _prefixes(components: Components, component: Component) -> tuple[str, ...]:
+    return {"vision": components.vision, "projector": components.projector, "language": components.language}[component]
+
+
+def _no_hits(target: str, linear: list[str], components: Components) -> ConfigError:
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in linear if not name.rsplit(".", 1)[-1].isdigit()})
+    near = difflib.get_close_matches(target, [*COMPONENTS, HEAD, *suffixes], n=1)
+    return ConfigError(
+        f"{target!r} hits no Linear layer of this model",
+        where="tuning.targets",
+        expected=f"vision, projector, language, head, or the end of a module's name such as {', '.join(suffixes)}",
+        remedy=f"Did you mean {near[0]}?" if near else "",
+    )
+
+
+def _with_adapter(model: PreTrainedModel, opened: OpenedFolder, tuning: LoraTuning) -> PeftModel:
+    names = target_modules(model, opened, tuning.targets)
+    for name, _ in model.named_parameters():
+        component_of(name, opened.components)  # a hole in the table is found before the run, not after
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if tied and set(names) & set(opened.components.head):
+        raise ConfigError(
+            "the output head shares its weight with the input embeddings, so an adapter on it cannot be merged",
+            where="tuning.targets",
+            remedy="Leave out `head`.",
+        )
+    idle = never_trains(opened)
+    config = LoraConfig(
+        r=tuning.rank,
+        lora_alpha=tuning.alpha if tuning.alpha is not None else 2 * tuning.rank,  # type: ignore[arg-type]
+        lora_dropout=tuning.dropout,
+        target_modules=target_regex(names),
+        modules_to_save=_modules_of(model, opened, tuning) or None,
+        use_dora=tuning.method == "dora",
+        use_rslora=tuning.method == "rslora",
+    )
+    wrapped = get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if idle and ".modules_to_save." in name and idle.search(name):
+            parameter.requires_grad_(False)
+    return wrapped
+
+
+def _modules_of(model: nn.Module, opened: OpenedFolder, tuning: LoraTuning) -> list[str]:
+    """Modules that hold the components trained in full beside the adapter; PEFT trains and saves a copy of each."""
+    existing = {name for name, _ in model.named_modules()}
+    modules: list[str] = []
+    for component in tuning.train:
+        prefixes = _prefixes(opened.components, component)
+        if component == "language":
+            prefixes += opened.components.head
+        found = [prefix for prefix in prefixes if prefix in existing]
+        if not found:
+            raise ConfigError(f"this model has no {component}", where="tuning.train", remedy=f"Leave out {component}.")
+        modules += found
+    return modules
