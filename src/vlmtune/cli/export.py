@@ -1,0 +1,69 @@
+"""``vlmtune export``: a trained model as a folder that plain transformers loads."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from vlmtune.cli import environment
+
+if TYPE_CHECKING:
+    from vlmtune.export.write import ExportResult
+
+HELP = "write a plain transformers folder (adapters merged) and compare it with the trained model"
+EXAMPLES = """
+vlmtune export runs/ui -o exported/ui
+vlmtune export runs/ui -o exported/ui-16bit --dtype bfloat16 --checkpoint last
+vlmtune export adapters/ui -o exported/ui --base models/InternVL2-1B
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_OR_RUN", help="a run folder, a checkpoint, an adapter, or a model")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty folder")
+    parser.add_argument("--layout", default="native", help="naming scheme of the weights: native (transformers')")
+    parser.add_argument("--checkpoint", default="best", help="of a run folder: best, last, or a step")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (the base's own)")
+    parser.add_argument("--base", metavar="DIR", help="the model under an adapter, if it has moved")
+    parser.add_argument(
+        "--verify", choices=("full", "none"), default="full",
+        help="full: compare the logits of the written folder with the trained model's, one model in memory at a time; "
+        "none: for a model that does not fit in float32",
+    )  # fmt: skip
+    parser.add_argument("--device", help="where the comparison runs: cpu, cuda, cuda:1 (a GPU if there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an earlier export")
+
+
+def run(args: argparse.Namespace) -> int:
+    environment.allow_network(args.model)
+    from vlmtune.export.write import export
+
+    result = export(
+        args.model,
+        args.output,
+        layout=args.layout,
+        checkpoint=args.checkpoint,
+        dtype=args.dtype,
+        base=args.base,
+        verify=args.verify,
+        overwrite=args.overwrite,
+        device=args.device,
+    )
+    _print(result)
+    return 0
+
+
+def _print(result: ExportResult) -> None:
+    print(f"{result.source} merged into {result.base}" if result.base else f"from {result.source}")
+    print("tensors: " + ", ".join(f"{number} {kind}" for kind, number in result.counts.items() if number))
+    if result.whole_model:
+        print(f"merged in memory, not tensor by tensor: {result.whole_model}")
+    for one in result.comparisons:
+        cast = f" = 2 × the difference of one cast to {result.dtype}" if one.limit == 2 * one.one_cast else ""
+        print(
+            f"compared on a {one.prompt} ({one.num_positions} positions): largest difference of a logit "
+            f"{one.difference:.1e}, allowed {one.limit:.1e}{cast}"
+        )
+    if not result.comparisons:
+        print("not compared with the trained model (--verify none)")
+    print(f"wrote {result.out} ({result.dtype}, layout {result.layout})")

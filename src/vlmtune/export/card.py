@@ -1,0 +1,122 @@
+"""The model card: README.md of an exported folder, from facts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CardFacts:
+    """What is known about an export; empty fields are left out of the card.
+
+    base: name or path of the pretrained model. config: the run's configuration as plain values.
+    """
+
+    name: str
+    base: str
+    licence: str | None
+    architecture: str
+    dtype: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    comparisons: Sequence[Mapping[str, Any]] = ()
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model folder's README names in its front matter; None if it names none."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return None
+    text = readme.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---\n") or "\n---" not in text[4:]:
+        return None
+    try:
+        front = yaml.safe_load(text[4 : text.index("\n---", 4)])
+    except yaml.YAMLError:
+        return None
+    licence = front.get("license") if isinstance(front, dict) else None
+    return licence if isinstance(licence, str) else None
+
+
+def public_name(base: str) -> str:
+    """A hub id as it is; of a folder its name alone, since the rest of the path may be private."""
+    return Path(base).name if Path(base).is_absolute() else base
+
+
+def write_card(facts: CardFacts) -> str:
+    """The card as Markdown with a YAML front matter that the hub understands."""
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "base_model": facts.base,
+        "tags": ["vlmtune"],
+    }
+    if facts.licence:
+        front["license"] = facts.licence
+    licence = facts.licence or "not stated in the base model's folder; look it up before you publish this model"
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+        "---",
+        "",
+        f"# {facts.name}",
+        "",
+        f"`{facts.architecture}` in {facts.dtype}, fine-tuned with vlmtune.",
+        "",
+        f"- Base model: `{facts.base}`",
+        f"- Licence of the base model: {licence}",
+        *_training(facts.config),
+        "",
+        "## Load it",
+        "",
+        "```python",
+        "from transformers import AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor",
+        "",
+        'model = AutoModelForImageTextToText.from_pretrained("PATH", dtype="auto")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        'image_processor = AutoImageProcessor.from_pretrained("PATH", backend="pil")',
+        "```",
+        "",
+        "`AutoProcessor.from_pretrained` gives tokenizer and image processor in one; for some architectures it needs",
+        "torchvision. `vlmtune chat PATH --image FILE` asks it in a terminal.",
+        *_check(facts),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _training(config: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    tuning = config.get("tuning") or {}
+    if tuning:
+        method = str(tuning.get("method", "full"))
+        detail = f", rank {tuning['rank']}" if "rank" in tuning else ""
+        lines.append(f"- Method: {_NAMES.get(method, method)}{detail}")
+    sources = (config.get("data") or {}).get("sources") or ()
+    if sources:
+        # Names only: the paths of the machine that trained say nothing to a reader and may be private.
+        lines.append("- Training data: " + ", ".join(f"`{Path(str(source['path'])).name}`" for source in sources))
+    train = config.get("train") or {}
+    if train:
+        facts = (("epochs", "epochs"), ("global_batch_size", "rows per step"), ("learning_rate", "learning rate"))
+        told = [f"{train[key]} {label}" for key, label in facts if key in train]
+        lines.append("- Training: " + ", ".join(told))
+    return lines
+
+
+def _check(facts: CardFacts) -> list[str]:
+    lines = ["", "## Provenance", ""]
+    lines += [f"- {name} {version}" for name, version in facts.versions.items()]
+    for one in facts.comparisons:
+        lines.append(
+            f"- Compared with the trained model on a fixed {one['prompt']}: largest difference of a logit "
+            f"{one['difference']:.1e} (allowed {one['limit']:.1e})"
+        )
+    return [*lines, "- `export.json` holds the whole record."]

@@ -1,0 +1,114 @@
+"""Facts about a model without its weights: family, chat format, parameters by component, what pictures cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmtune.data.sample import Size
+from vlmtune.infer.locate import Located
+from vlmtune.models.family import ChatFormat, OpenedFolder
+from vlmtune.models.load import open_folder
+from vlmtune.weights.names import name_table, skeleton
+from vlmtune.weights.shards import Shards, dtype_name, read_header
+
+SIZES: tuple[Size, ...] = ((224, 224), (448, 448), (640, 480), (1280, 720), (1920, 1080), (1080, 2400))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """parameters: numbers in the files per component, tied tensors once. unknown: tensors that the model does not take.
+
+    pictures: (width, height) -> (ids in the sequence, tiles). packs: None, or why rows are padded instead.
+    """
+
+    path: str
+    base: str | None
+    family: str
+    architecture: str
+    layout: str
+    dtypes: dict[str, int]
+    parameters: dict[str, int]
+    unknown: int
+    missing: int
+    chat: dict[str, Any]
+    pictures: dict[str, tuple[int, int]]
+    why_not_packed: str | None
+    adapter: dict[str, Any] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def describe(located: Located) -> Description:
+    """Read headers and configuration only.
+
+    Raises:
+        WeightsError: a folder that cannot be opened.
+    """
+    opened = open_folder(located.model_folder, located.image)
+    shards = Shards(located.model_folder)
+    model = skeleton(opened)
+    table = name_table(model, shards.infos)
+    parameters: dict[str, int] = {"vision": 0, "projector": 0, "language": 0}
+    dtypes: dict[str, int] = {}
+    for name, info in shards.infos.items():
+        dtypes[dtype_name(info.dtype)] = dtypes.get(dtype_name(info.dtype), 0) + info.num_elements
+        component = opened.components.of(table.module_of[name]) if name in table.module_of else None
+        if component:
+            parameters[component] += info.num_elements
+    filled = set(table.module_of.values())
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    missing = [name for name, _ in model.named_parameters() if name not in filled | tied]
+    same = all(disk == module for disk, module in table.module_of.items())
+    return Description(
+        path=str(located.path),
+        base=str(located.base) if located.base else None,
+        family=opened.family.name,
+        architecture=type(model).__name__,
+        layout="native" + ("" if same else " (under transformers' legacy hub names)"),
+        dtypes=dtypes,
+        parameters=parameters,
+        unknown=len(shards) - len(table.module_of),
+        missing=len(missing),
+        chat=_chat(opened.chat),
+        pictures={f"{w}×{h}": _cost(opened, (w, h)) for w, h in SIZES},
+        why_not_packed=opened.why_not_packed,
+        adapter=_adapter(located.path) if located.base else None,
+    )
+
+
+def _cost(opened: OpenedFolder, size: Size) -> tuple[int, int]:
+    (plan,) = opened.family.plan([size], opened.spec)
+    return plan.num_tokens, plan.num_tiles
+
+
+def _chat(chat: ChatFormat) -> dict[str, Any]:
+    """A one-turn prompt as the template lays it, and what ends an answer."""
+    before, after = chat.image
+    prompt = f"{chat.opening}{before}<picture>{after}question{chat.bridge}"
+    return {
+        "prompt": prompt,
+        "answer": f"{chat.answer_lead}answer{chat.stop}",
+        "system": chat.system_opening is not None,
+        "images_first": chat.images_first,
+        "stop_ids": list(chat.stop_ids),
+    }
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    from peft import PeftConfig
+
+    config: Mapping[str, Any] = PeftConfig.from_pretrained(str(folder)).to_dict()
+    file = folder / "adapter_model.safetensors"
+    infos = [info for info in read_header(file) if "lora_" in info.name] if file.is_file() else []
+    kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else str(config["peft_type"])
+    return {
+        "type": kind,
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "parameters": sum(info.num_elements for info in infos),
+        "trained_in_full": config.get("modules_to_save") or [],
+    }

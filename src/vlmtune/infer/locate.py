@@ -1,0 +1,165 @@
+"""From a path that a user gives to the weights that are meant: a model folder, an adapter, or a run folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vlmtune.config.schema import ImageOptions
+from vlmtune.errors import UsageError, WeightsError
+
+ADAPTER_CONFIG = "adapter_config.json"
+RUN_FILE = "run.yaml"
+BEST_FILE = "best.json"
+MANIFEST = "manifest.json"
+PROVENANCE = "provenance.json"
+MAX_IMAGE_PIXELS = 178_956_970
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """Where the weights are.
+
+    path: the folder with them (the chosen checkpoint when a run folder was given).
+    base: the model folder under an adapter; None when `path` is whole by itself.
+    image: how pictures were cut in training; empty for a folder that this program did not train.
+    provenance: what training wrote about itself (base, run configuration, versions); empty likewise.
+    """
+
+    path: Path
+    base: Path | None = None
+    image: ImageOptions = field(default_factory=ImageOptions)
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_folder(self) -> Path:
+        """The folder that holds config.json and the weights of the whole model."""
+        return self.base or self.path
+
+
+def locate(path: str | Path, *, base: str | Path | None = None, checkpoint: str = "best") -> Located:
+    """Find the weights that `path` means.
+
+    Args:
+        path: a model folder, an adapter folder, or a run folder.
+        base: the model folder under an adapter, when it is not where the adapter says.
+        checkpoint: of a run folder: ``best`` (falls back to ``last`` when nothing was evaluated), ``last``, or a step.
+
+    Raises:
+        UsageError: no such folder, or a run folder without the checkpoint asked for.
+        WeightsError: an adapter whose base is gone, or a file that cannot be read.
+    """
+    folder = _folder(path)
+    if is_run_folder(folder):
+        folder = _checkpoint(folder, checkpoint)
+    provenance = _read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    image, max_pixels = _picture_settings(provenance, folder)
+    found = None
+    if (folder / ADAPTER_CONFIG).is_file():
+        found = _base_of(folder, base)
+    elif not (folder / "config.json").is_file():
+        raise UsageError(
+            "neither config.json, adapter_config.json nor run.yaml", where=str(folder),
+            expected="a model folder, an adapter, or a run folder",
+        )  # fmt: skip
+    elif base is not None:
+        raise UsageError("--base was given, but this is a whole model, not an adapter", where=str(folder))
+    return Located(path=folder, base=found, image=image, max_image_pixels=max_pixels, provenance=provenance)
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path).expanduser().absolute()
+    if folder.is_dir():
+        return folder
+    # `models/x` has the form of a hub id too; where a folder `models` exists it is meant as a path.
+    if _HUB_ID.fullmatch(str(path)) and not folder.parent.is_dir():
+        from vlmtune.models.load import read_folder
+
+        return read_folder(str(path)).path
+    raise UsageError("no such folder", where=str(path), expected="a model folder, an adapter, or a run folder")
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether `folder` is what `vlmtune train` writes: it has run.yaml and is not itself a model or a checkpoint."""
+    whole = (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
+    return (folder / RUN_FILE).is_file() and not whole
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """The whole checkpoints of a run folder by step, in order; one without a manifest was never finished."""
+    found: dict[int, Path] = {}
+    for child in run.glob("checkpoint-*"):
+        step = child.name.removeprefix("checkpoint-")
+        if step.isdecimal() and (child / MANIFEST).is_file():
+            found[int(step)] = child
+    return dict(sorted(found.items()))
+
+
+def _checkpoint(run: Path, choice: str) -> Path:
+    whole = checkpoints(run)
+    if not whole:
+        raise UsageError("no finished checkpoint in this run folder", where=str(run), remedy="Train first, or go on.")
+    if choice == "best" and (run / BEST_FILE).is_file():
+        best = run / str(_read_json(run / BEST_FILE).get("checkpoint"))
+        if best not in whole.values():
+            raise WeightsError(
+                f"{BEST_FILE} names {best.name}, which is not there or not finished",
+                where=str(run),
+                remedy="Choose another one with --checkpoint last or --checkpoint N.",
+            )
+        return best
+    if choice in ("best", "last"):
+        return whole[max(whole)]
+    if not choice.isdecimal() or int(choice) not in whole:
+        steps = ", ".join(str(step) for step in whole)
+        raise UsageError(f"no checkpoint {choice}", where=str(run), expected=f"best, last, or one of the steps {steps}")
+    return whole[int(choice)]
+
+
+def _base_of(folder: Path, given: str | Path | None) -> Path:
+    named = given or _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not named:
+        raise WeightsError("the adapter names no base model", where=str(folder), remedy="Point to it: --base DIR.")
+    if _HUB_ID.fullmatch(str(named)) and not any(Path(place, named).exists() for place in ("", folder)):
+        return _folder(named)
+    base = Path(named).expanduser()
+    if not base.is_absolute():
+        # A relative path was written against a working folder that is not known any more; the adapter's own folder
+        # is the only other place that it can mean.
+        base = base.absolute() if base.is_dir() else folder / base
+    if (base / "config.json").is_file():
+        return base
+    if given:
+        raise UsageError("no config.json in the folder given with --base", where=str(base), expected="a model folder")
+    raise WeightsError(
+        f"the base model of this adapter is not at {named}",
+        where=str(folder),
+        remedy="If it has moved, point to it: --base DIR (in Python: base=DIR).",
+    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"cannot be read ({error})", where=str(file), expected="JSON") from None
+    if not isinstance(value, dict):
+        raise WeightsError(f"holds a {type(value).__name__}", where=str(file), expected="a JSON object")
+    return value
+
+
+def _picture_settings(provenance: Mapping[str, Any], folder: Path) -> tuple[ImageOptions, int]:
+    config = provenance.get("config") or {}
+    try:
+        image = ImageOptions(**(config.get("model") or {}).get("image") or {})
+    except (ValidationError, AttributeError, TypeError) as error:
+        raise WeightsError(f"model.image cannot be read ({error})", where=str(folder / PROVENANCE)) from None
+    return image, int((config.get("data") or {}).get("max_image_pixels") or MAX_IMAGE_PIXELS)

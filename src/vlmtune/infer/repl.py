@@ -1,0 +1,140 @@
+"""A conversation with a model: turns, pictures, and the commands of the interactive loop. Prints nothing itself."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text
+from vlmtune.errors import DataError, VlmtuneError
+
+if TYPE_CHECKING:
+    from vlmtune.infer.session import Session
+
+HELP = "/image PATH  add a picture to your next turn   /reset  start over   /quit  leave   /help  these commands"
+
+
+@dataclass(slots=True)
+class Conversation:
+    """The turns so far and the pictures that wait for the next one."""
+
+    session: Session
+    max_new_tokens: int = 256
+    messages: list[Message] = field(default_factory=list)
+    pending: list[Image] = field(default_factory=list)
+
+    def add_image(self, path: str | Path) -> None:
+        """Put a picture into the next turn.
+
+        Raises:
+            DataError: no such file, or not a picture that can be decoded; the conversation is as it was.
+        """
+        self.pending.append(open_picture(path, self.session.located.max_image_pixels))
+
+    def ask(self, text: str) -> Generator[str, None, None]:
+        """The answer in pieces. The turn counts once the answer is complete; an interrupted one leaves no trace but
+        keeps the pictures for another try.
+
+        Raises:
+            DataError: the prompt cannot be encoded.
+        """
+        turn = Message("user", (*self.pending, Text(text)))
+        sample = Sample(messages=(*self.messages, turn), origin="this conversation")
+        answer = ""
+        with closing(self.session.stream(sample, self.max_new_tokens)) as pieces:
+            for piece in pieces:
+                answer += piece
+                yield piece
+        self.messages += [turn, Message("assistant", (Text(answer),))]
+        self.pending.clear()
+
+    def reset(self) -> None:
+        self.messages.clear()
+        self.pending.clear()
+
+
+def open_picture(path: str | Path, max_pixels: int) -> Image:
+    """A picture file as a part of a message, decoded once to be sure that it can be.
+
+    Raises:
+        DataError: with the path as `where`.
+    """
+    from vlmtune.data import media
+
+    ref = MediaRef(path=str(Path(path).expanduser().absolute()))
+    try:
+        media.open_image(ref, max_pixels=max_pixels)
+    except DataError as error:
+        where = error.where or str(path)
+        raise DataError(error.found, where=where, expected=error.expected, remedy=error.remedy) from None
+    return Image(ref)
+
+
+def converse(
+    conversation: Conversation,
+    read: Callable[[], str | None],
+    write: Callable[[str], None],
+    complain: Callable[[str], None],
+) -> None:
+    """The interactive loop: until ``/quit`` or the end of the input.
+
+    Args:
+        read: the next line of the user, None at the end of the input. KeyboardInterrupt while an answer streams ends
+            the answer; from `read` it ends the loop.
+        write: takes pieces of answers and notes, with their line ends.
+        complain: takes an error as one paragraph; the loop goes on.
+    """
+    write(HELP + "\n")
+    while (line := read()) is not None:
+        line = line.strip()
+        if line == "/quit":
+            return
+        if not line:
+            continue
+        try:
+            if line.startswith("/"):
+                _command(line, conversation, write)
+            else:
+                _answer(line, conversation, write)
+        except VlmtuneError as error:
+            complain(str(error))
+
+
+def _answer(text: str, conversation: Conversation, write: Callable[[str], None]) -> None:
+    with closing(conversation.ask(text)) as pieces:
+        try:
+            for piece in pieces:
+                write(piece)
+            write("\n")
+        except KeyboardInterrupt:
+            write("\n(stopped; this turn is not part of the conversation)\n")
+
+
+def _command(line: str, conversation: Conversation, write: Callable[[str], None]) -> None:
+    name, _, rest = line.partition(" ")
+    if name == "/image":
+        for path in _paths(rest):
+            conversation.add_image(path)
+        write(f"{len(conversation.pending)} picture(s) in your next turn\n" if rest.strip() else "usage: /image PATH\n")
+    elif name == "/reset":
+        conversation.reset()
+        write("a new conversation\n")
+    elif name == "/help":
+        write(HELP + "\n")
+    else:
+        write(f"there is no command {name}. {HELP}\n")
+
+
+def _paths(text: str) -> list[str]:
+    """One path with spaces as it stands, or several in shell quoting."""
+    text = text.strip()
+    if not text or Path(text).expanduser().exists():
+        return [text] if text else []
+    try:
+        return shlex.split(text)
+    except ValueError:  # an open quote: it belongs to the name
+        return [text]

@@ -1,0 +1,277 @@
+"""Read and write safetensors folders one tensor at a time.
+
+A folder holds either one ``model.safetensors`` or several shards with ``model.safetensors.index.json``. `Shards` looks
+only at headers until a tensor is asked for; `write_shards` lays down the header of each shard first and then streams
+the tensors into it, so that neither side ever holds more than one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmtune.errors import WeightsError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+_TORCH = {
+    "F64": "float64", "I64": "int64", "U64": "uint64", "F32": "float32", "I32": "int32", "U32": "uint32",
+    "F16": "float16", "BF16": "bfloat16", "I16": "int16", "U16": "uint16", "I8": "int8", "U8": "uint8",
+    "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+_NAMES = {name: code for code, name in _TORCH.items()}
+FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+"""Codes of the dtypes that a change of the floating dtype applies to (float8 weights are quantised, not cast)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says about a tensor; `dtype` is the safetensors code (``F32``, ``BF16``, …)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * _BYTES[self.dtype]
+
+
+def dtype_code(name: str) -> str:
+    """``bfloat16`` -> ``BF16``."""
+    return _NAMES[name]
+
+
+def dtype_name(code: str) -> str:
+    """``BF16`` -> ``bfloat16``."""
+    return _TORCH[code]
+
+
+class Shards:
+    """The tensors of a model folder by their names on disk.
+
+    Args:
+        folder: a folder with safetensors files.
+
+    Raises:
+        WeightsError: no safetensors, a shard that the index names is missing, or a file that is cut off or foreign.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file_of: dict[str, Path] = {}
+        self._info: dict[str, TensorInfo] = {}
+        files, listed = _files(folder)
+        for file in files:
+            for info in read_header(file):
+                if info.name in self._info:
+                    raise WeightsError(
+                        f"the tensor {info.name} is in {self._file_of[info.name].name} and in {file.name}",
+                        where=str(folder),
+                        expected="every tensor once",
+                        remedy="Download or save the folder again.",
+                    )
+                self._info[info.name], self._file_of[info.name] = info, file
+        lost = sorted(set(listed) - set(self._info))
+        if lost:
+            raise WeightsError(
+                f"{INDEX} lists {len(lost)} tensors that no shard holds, the first is {lost[0]}",
+                where=str(folder),
+                remedy="Download or save the folder again.",
+            )
+
+    def __len__(self) -> int:
+        return len(self._info)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._info
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """Header entries by name, in the order of the files."""
+        return self._info
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in its stored dtype.
+
+        Raises:
+            WeightsError: the folder has no tensor of this name.
+        """
+        from safetensors import safe_open
+
+        if name not in self._info:
+            raise WeightsError(f"no tensor {name}", where=str(self.folder), remedy="Download or save the folder again.")
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """The names on disk of all tensors of a model folder, from the headers."""
+    return list(Shards(folder).infos)
+
+
+def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file():
+        try:
+            listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise WeightsError(
+                f"the index cannot be read ({error})", where=str(index), expected="JSON with a weight_map"
+            ) from None
+        files = [folder / name for name in dict.fromkeys(listed.values())]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise WeightsError(
+                f"{len(missing)} of {len(files)} shards are missing: {', '.join(missing[:3])}",
+                where=str(folder),
+                remedy="Download or copy the folder again.",
+            )
+        return files, listed
+    if single.is_file():
+        return [single], {}
+    found = "no folder of this name" if not folder.is_dir() else "no weights in safetensors files"
+    raise WeightsError(
+        found,
+        where=str(folder),
+        expected=f"{SINGLE}, or {INDEX} and its shards",
+        remedy="Point to a model folder; weights in .bin or .pt files must be saved as safetensors first.",
+    )
+
+
+def read_header(file: Path) -> list[TensorInfo]:
+    """The entries of a safetensors file in the order of their bytes; no weights are read.
+
+    Raises:
+        WeightsError: the file is no safetensors file or is shorter than its header says.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 2 <= length <= size - 8:
+            raise _broken(file, "no safetensors header")
+        try:
+            header: dict[str, Any] = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            ends = sorted((v["data_offsets"][0], v["data_offsets"][1], k) for k, v in header.items())
+            infos = [TensorInfo(k, header[k]["dtype"], tuple(header[k]["shape"])) for _, _, k in ends]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise _broken(file, "a safetensors header that cannot be read") from None
+    for info in infos:
+        if info.dtype not in _BYTES:
+            raise WeightsError(f"{info.name} has the unknown dtype {info.dtype}", where=str(file))
+    end = 8 + length + (ends[-1][1] if ends else 0)
+    if end != size:
+        raise _broken(file, f"{size} bytes where the header promises {end}")
+    return infos
+
+
+def _broken(file: Path, found: str) -> WeightsError:
+    return WeightsError(found, where=str(file), remedy="The file is cut off or damaged; download or copy it again.")
+
+
+def write_shards(
+    folder: Path,
+    plan: Sequence[TensorInfo],
+    tensor: Callable[[str], torch.Tensor],
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    advance: Callable[[Iterable[TensorInfo]], Iterable[TensorInfo]] = iter,
+) -> list[Path]:
+    """Write `plan` as safetensors shards and an index (one shard: without an index).
+
+    Args:
+        folder: exists; files of the same names are replaced.
+        plan: every tensor with the dtype and shape that it will be written with.
+        tensor: gives a tensor by name; called once per name, in an order that keeps the numbers aligned in the file.
+        max_shard_bytes: a shard is closed before it would grow beyond this (a larger tensor has a shard of its own).
+        advance: wraps the tensors that are being written (a progress bar).
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        WeightsError: `tensor` gave another dtype or shape than the plan says.
+    """
+    shards = _partition(plan, max_shard_bytes)
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    order = [(name, info) for name, shard in zip(names, shards, strict=True) for info in shard]
+    steps = iter(advance([info for _, info in order]))
+    for name, shard in zip(names, shards, strict=True):
+        with (folder / name).open("wb") as stream:
+            stream.write(_header(shard))
+            for info in shard:
+                next(steps)
+                stream.write(_bytes(tensor(info.name), info, folder))
+            stream.flush()
+            os.fsync(stream.fileno())
+    next(steps, None)  # lets a progress bar close itself
+    written = [folder / name for name in names]
+    if len(shards) > 1:
+        weight_map = {info.name: name for name, info in order}
+        total = sum(info.num_bytes for info in plan)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        written.append(folder / INDEX)
+    return written
+
+
+def _shard_name(i: int, count: int) -> str:
+    return f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _partition(plan: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
+    shards: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for info in plan:
+        if shards[-1] and filled + info.num_bytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(info)
+        filled += info.num_bytes
+    # Wide numbers first: the header's padding to 8 bytes then keeps every tensor aligned for readers that map the file.
+    return [sorted(shard, key=lambda info: -_BYTES[info.dtype]) for shard in shards]
+
+
+def _header(shard: Sequence[TensorInfo]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for info in shard:
+        end = offset + info.num_bytes
+        entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes(tensor: torch.Tensor, info: TensorInfo, folder: Path) -> memoryview:
+    import torch
+
+    code = dtype_code(str(tensor.dtype).removeprefix("torch."))
+    if code != info.dtype or tuple(tensor.shape) != info.shape:
+        raise WeightsError(
+            f"{info.name} is {code} {tuple(tensor.shape)}", where=str(folder), expected=f"{info.dtype} {info.shape}"
+        )
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
