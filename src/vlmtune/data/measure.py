@@ -119,8 +119,9 @@ def usable_rows(measured: Measured, corpus: Corpus, data: DataConfig) -> np.ndar
     bad = measured.bad + (too_long(measured, corpus, data) if data.too_long == "refuse" else [])
     if bad:
         first = min(bad, key=lambda row: row.index)
-        more = "" if len(bad) == 1 else f" {len(bad) - 1:,} more rows are bad: `vlmtune check` lists them all."
-        raise DataError(first.reason, where=first.origin, remedy=more.strip())
+        others = len(bad) - 1
+        more = f"{others:,} more {'row is' if others == 1 else 'rows are'} bad; `vlmtune check` lists all of them."
+        raise DataError(first.reason, where=first.origin, remedy=more if others else "")
     return measured.num_tokens <= data.max_length
 
 

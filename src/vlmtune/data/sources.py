@@ -169,12 +169,12 @@ def _broken_json(text: str, error: json.JSONDecodeError, origin: str) -> DataErr
     remedy = "Correct the place after the » sign."
     if text[at : at + 1] == "'":
         remedy = "JSON wants double quotes: replace ' by \"."
-    elif "delimiter: line" in str(error) and "','" in error.msg:
+    elif error.msg.startswith("Unterminated string") or at >= len(text.rstrip()):
+        remedy = "The row breaks off: complete it or take it out."
+    elif "','" in error.msg:
         remedy = "A comma is missing before the » sign (or a quote inside the text before it lacks its backslash)."
     elif error.msg == "Extra data":
         remedy = "One row ends before the » sign: a comma is missing there, or two rows share a line."
-    elif error.msg.startswith("Unterminated string") or at >= len(text.rstrip()):
-        remedy = "The row breaks off: complete it or take it out."
     return DataError(f"broken JSON at character {at + 1} ({error.msg}): {spot}", where=origin, remedy=remedy)
 
 
