@@ -33,7 +33,12 @@ EXCEPTIONS: dict[tuple[str, str, str], str] = {
     ("patches", "config/yaml_reader.py", "_Loader"): "our own subclass, whose base sets the attribute by item",
 }
 
-POOR_NAMES = set("utils util helper helpers misc common manager handler base processor engine plugin".split())
+POOR_NAMES = {"utils", "util", "helper", "helpers", "misc", "common", "manager", "handler"} | {
+    "base",
+    "processor",
+    "engine",
+    "plugin",
+}
 
 Finding = tuple[str, int, str]  # function or name, line, words
 
