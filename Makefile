@@ -1,0 +1,58 @@
+# `make help` lists the targets. Everything happens in .venv.
+#
+# PyTorch goes in first and alone: what follows then finds it installed and brings no CUDA build of its own.
+# A machine without a GPU that installs from pypi.org: make demo TORCH="--index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+PYTEST ?=
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+DEMO ?= quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench docs schema clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed ## one whole job on handwritten digits, in the folder quickstart/ (CPU, minutes)
+	$(BIN)/vlmtune quickstart $(DEMO)
+
+test: $(VENV)/installed-dev ## every test (PYTEST="-k config" for some)
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: $(VENV)/installed-dev ## lint, format, types, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/installed-dev ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-dev ## the measurements of docs/performance.md
+	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/train.py
+
+schema: $(VENV)/installed ## write the JSON schema of a run's YAML
+	$(BIN)/python -m vlmtune.config.schema_file > schema/run.schema.json
+
+clean: ## remove the environment and the caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
+
+$(VENV)/torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "vlmtune needs Python 3.11 or newer, but $(PYTHON) is " + sys.version.split()[0] + "; choose another with: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(TORCH) torch
+	@touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/installed
