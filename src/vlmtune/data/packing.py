@@ -259,14 +259,24 @@ class EvalPlan:
         return self.batches[i]
 
 
+def refuse_repeat(corpus: Corpus) -> None:
+    """Raises ConfigError for an eval source with a `repeat`: its rows are counted once."""
+    for repeat, name in zip(corpus.repeats, corpus.names, strict=True):
+        if repeat != 1:
+            raise ConfigError(
+                f"the eval source {name} has repeat {repeat:g}",
+                where="data.eval",
+                expected="no `repeat`: an evaluation takes every row once",
+            )
+
+
 def make_eval_plan(measured: Measured, corpus: Corpus, config: RunConfig, *, world: int, packed: bool) -> EvalPlan:
     """Lay down an evaluation.
 
     Raises:
         DataError: bad rows, or none left. ConfigError: an eval source with a `repeat`.
     """
-    if any(repeat != 1 for repeat in corpus.repeats):
-        raise ConfigError("an eval source has `repeat`", where="data.eval", expected="every row counted once")
+    refuse_repeat(corpus)
     rows = np.flatnonzero(usable_rows(measured, corpus, config.data))
     if not len(rows):
         raise DataError("no row is left to evaluate on", where="data.eval")

@@ -19,7 +19,7 @@ from vlmtune.data.adapters import to_sample
 from vlmtune.data.index import RowIndex, index_file
 from vlmtune.data.paths import MediaRoot
 from vlmtune.data.sample import Sample
-from vlmtune.errors import DataError
+from vlmtune.errors import DataError, UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +108,25 @@ class Corpus:
             DataError: with the origin, whatever is wrong with the row.
         """
         return self.adapt(i, self.row(i))
+
+    def find(self, text: str) -> int:
+        """The row with the origin `text` (``coco.jsonl:124``), or with the number `text` when there is one source.
+
+        Raises:
+            UsageError: no such row, or a number alone with several sources.
+        """
+        name, _, number = text.rpartition(":")
+        sources = [i for i, source in enumerate(self.sources) if source.name == name or not name]
+        if not number.isdecimal() or len(sources) != 1:
+            known = " or ".join(f"{name}:N" for name in self.names[:5])
+            raise UsageError(f"no row is called {text!r}", expected="N" if len(self.sources) == 1 else known)
+        source = self.sources[sources[0]]
+        numbers = source.index.numbers
+        local = int(number) - 1 if numbers is None else int(np.searchsorted(numbers, int(number)))
+        if not 0 <= local < len(source) or source.index.number(local) != int(number):
+            last = source.index.number(len(source) - 1)
+            raise UsageError(f"there is no row {source.name}:{number}", expected=f"a row from 1 to {last}")
+        return int(self._first[sources[0]]) + local
 
     def digest(self) -> str:
         """A hash of the bytes of all sources, in order; independent of where the files lie."""

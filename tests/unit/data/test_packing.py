@@ -245,7 +245,7 @@ def test_evaluation_takes_each_row_once_longest_first(lengths: list[int], world:
 
 def test_evaluation_refuses_repeat() -> None:
     rows: Any = Rows([2], [2.0])
-    with pytest.raises(ConfigError, match=r"^data\.eval: an eval source has `repeat`"):
+    with pytest.raises(ConfigError, match=r"^data\.eval: the eval source s0 has repeat 2"):
         make_eval_plan(measured([1, 1]), rows, config(), world=1, packed=True)
 
 

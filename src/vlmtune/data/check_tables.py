@@ -1,0 +1,141 @@
+"""A `Report` as rich tables, readable at 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from vlmtune.data.check import Part, Report, histogram, kinds, longest
+
+_EXAMPLES = 3  # bad rows shown of each kind
+_KINDS = 12
+_BAR = 24  # characters of the longest bar
+
+
+def render(report: Report) -> Iterator[RenderableType]:
+    """The report, piece by piece, the verdict last."""
+    yield _sources(report.train, "Training rows", mixed=True)
+    if report.eval:
+        yield Text()
+        yield _sources(report.eval, "Eval rows", mixed=False)
+    yield Text()
+    if len(report.train.lengths):
+        yield _lengths(report)
+        yield Text()
+    if report.plan:
+        yield _arithmetic(report)
+        yield Text()
+    yield from _notes(report)
+    yield from _bad(report)
+    yield _verdict(report)
+
+
+def _sources(part: Part, title: str, *, mixed: bool) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("source", overflow="fold")
+    columns = ["rows", "bad", "dropped", "images", "tokens", "trained"]
+    for column in [*columns, "an epoch"] if mixed else columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = part.as_rows()
+    if len(rows) > 1:
+        rows.append({"name": "all", **{key: part.total(key) for key in rows[0] if key != "name"}})
+    for row in rows:
+        share = f"{row['trained_tokens'] / row['tokens']:.1%}" if row["tokens"] else "–"
+        counts = [f"{row[key]:,}" for key in ("rows", "bad", "dropped", "images", "tokens")]
+        if row["bad"]:
+            counts[1] = f"[red]{counts[1]}[/]"
+        table.add_row(escape(row["name"]), *counts, share, *([f"{row['epoch_rows']:,}"] if mixed else []))
+    return table
+
+
+def _lengths(report: Report) -> Table:
+    table = Table(title="Tokens per row", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("up to", justify="right", no_wrap=True)
+    table.add_column("rows", justify="right", no_wrap=True)
+    table.add_column("")
+    bins = histogram(report.train.lengths)
+    most = max(rows for _, rows in bins)
+    for limit, rows in bins:
+        table.add_row(f"{limit:,}", f"{rows:,}", "█" * max(round(_BAR * rows / most), 1 if rows else 0))
+    end = longest(report.train)
+    if end:
+        table.caption = (
+            f"longest: {escape(end['origin'])}, {end['tokens']:,} of {report.max_length:,} (data.max_length)"
+        )
+        table.caption_justify = "left"
+    return table
+
+
+def _arithmetic(report: Report) -> Text:
+    """What a step takes, and how many there are."""
+    assert report.plan is not None
+    numbers = report.plan.arithmetic()
+    devices = f"{numbers['devices']} device{'' if numbers['devices'] == 1 else 's'}"
+    text = Text()
+    text.append("A step: ", "bold")
+    if report.packed:
+        text.append(
+            f"{numbers['global_batch_size']} rows (global_batch_size) in {numbers['micro_batches_per_step']} packs of at "
+            f"most {numbers['max_length']:,} tokens = {numbers['accumulation']} accumulated × {devices}; packs are "
+            f"{numbers['fill']:.0%} full\n"
+        )
+    else:
+        text.append(
+            f"{numbers['micro_batch_size']} (micro_batch_size) × {numbers['accumulation']} accumulated × {devices} = "
+            f"{numbers['global_batch_size']} rows (global_batch_size)\n"
+        )
+    text.append("An epoch: ", "bold")
+    text.append(
+        f"{numbers['rows_per_epoch']:,} rows, {numbers['tokens_per_epoch']:,} tokens, "
+        f"{numbers['steps_per_epoch']:,} steps\n"
+    )
+    text.append("The run: ", "bold")
+    text.append(f"{numbers['num_steps']:,} steps = {numbers['epochs']:.4g} epochs")
+    return text
+
+
+def _notes(report: Report) -> Iterator[RenderableType]:
+    notes = [Text(f"Note: this model cannot pack ({report.why_not_packed}); rows are padded instead.")]
+    notes = notes if report.why_not_packed else []
+    dropped = report.train.total("dropped")
+    if dropped:
+        rows = "1 row is" if dropped == 1 else f"{dropped:,} rows are"
+        notes.append(Text(f"Note: {rows} longer than {report.max_length:,} tokens and dropped (data.too_long)."))
+    unread = report.train.measured.unknown_keys.most_common(8)
+    if unread:
+        notes.append(
+            Text("Note: keys that nothing reads: " + ", ".join(f"{key} ({n:,} rows)" for key, n in unread) + ".")
+        )
+    notes += [Text(f"Warning: {warning}", "yellow") for warning in report.warnings]
+    if notes:
+        yield from notes
+        yield Text()
+
+
+def _bad(report: Report) -> Iterator[RenderableType]:
+    groups = kinds(report.bad)
+    for title, rows in groups[:_KINDS]:
+        yield Text(f"{len(rows):,} × {title}", "bold red")
+        for row in rows[:_EXAMPLES]:
+            yield Padding(Text.assemble((row.origin, "bold"), f"  {row.reason}"), (0, 0, 0, 2))
+        if len(rows) > _EXAMPLES:
+            yield Padding(Text(f"… and {len(rows) - _EXAMPLES:,} more", "dim"), (0, 0, 0, 2))
+    if len(groups) > _KINDS:
+        rest = sum(len(rows) for _, rows in groups[_KINDS:])
+        yield Text(f"… and {rest:,} more bad rows of {len(groups) - _KINDS} other kinds", "dim")
+    if groups:
+        yield Text()
+
+
+def _verdict(report: Report) -> Text:
+    if report.bad:
+        rows = "1 bad row" if len(report.bad) == 1 else f"{len(report.bad):,} bad rows"
+        return Text(f"{rows}: a run would refuse to start.", "bold red")
+    if report.plan is None:
+        return Text("No row is left to train on: a run would refuse to start.", "bold red")
+    return Text("Every row can be trained.", "bold green")

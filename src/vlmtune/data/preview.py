@@ -1,0 +1,116 @@
+"""Encoded rows as a person reads them: what is trained stands out, a picture is one tag, nothing is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+import numpy as np
+from rich.text import Text
+
+from vlmtune.config.schema import RunConfig
+from vlmtune.data.mixture import Mixture, make_mixture
+from vlmtune.data.sample import IGNORED, Encoded, Sample
+from vlmtune.data.sources import Corpus
+from vlmtune.models.family import OpenedFolder
+
+STYLES: dict[Kind, str] = {"trained": "bold green", "masked": "dim", "image": "cyan"}
+
+Kind = Literal["trained", "masked", "image"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring positions of the sequence that are shown alike."""
+
+    kind: Kind
+    text: str
+    num_tokens: int
+
+
+def runs(encoded: Encoded, opened: OpenedFolder) -> list[Run]:
+    """The whole sequence: trained and masked text with its special tokens, and one tag per picture."""
+    kinds = np.where(encoded.labels != IGNORED, 1, 0)
+    for start, end, index in _pictures(encoded):
+        kinds[start:end] = 2 + index
+    borders = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    found = []
+    for start, end in zip(borders[:-1], borders[1:], strict=True):
+        kind = int(kinds[start]) if start < len(kinds) else 0
+        if start == end:
+            continue
+        if kind >= 2:
+            found.append(Run("image", _tag(encoded, kind - 2), end - start))
+        else:
+            text = _decode(opened, encoded.input_ids[start:end], is_first=start == 0)
+            found.append(Run("trained" if kind else "masked", text, end - start))
+    return found
+
+
+def row_text(sample: Sample, encoded: Encoded, opened: OpenedFolder) -> Text:
+    """One row: a line of counts, then the coloured sequence."""
+    num, trained = encoded.num_tokens, encoded.num_trained
+    images = len(encoded.media)
+    head = f"  {num:,} tokens, {trained:,} trained ({trained / num:.0%})"
+    head += f", {images} image{'' if images == 1 else 's'}" if images else ""
+    text = Text()
+    text.append(sample.origin, "bold")
+    text.append(head + (f", id {sample.id}" if sample.id else "") + "\n")
+    for run in runs(encoded, opened):
+        text.append(run.text.replace("\n", "↵\n"), STYLES[run.kind])
+    return text
+
+
+def legend() -> Text:
+    return Text.assemble(
+        ("trained", STYLES["trained"]), "  ", ("not trained", STYLES["masked"]), "  ", ("[image]", STYLES["image"])
+    )
+
+
+def first_rows(corpus: Corpus, config: RunConfig, count: int) -> list[int]:
+    """The rows that training takes first, as long as none of them is bad."""
+    return _mixture(corpus, config).epoch(0)[:count].tolist()
+
+
+def epoch_lines(corpus: Corpus, config: RunConfig) -> Iterator[str]:
+    """What an epoch holds, from the numbers of rows alone."""
+    mixture = _mixture(corpus, config)
+    for name, size, repeat, count in zip(
+        corpus.names, corpus.source_sizes, corpus.repeats, mixture.counts, strict=True
+    ):
+        yield f"{name}: {size:,} rows × {repeat:g} = {count:,} in an epoch"
+    steps = ceil(mixture.epoch_size / config.train.global_batch_size)
+    yield (
+        f"An epoch: {mixture.epoch_size:,} rows in {steps:,} steps of {config.train.global_batch_size} "
+        "(`vlmtune check` reads all of them)."
+    )
+
+
+def _mixture(corpus: Corpus, config: RunConfig) -> Mixture:
+    every = np.ones(len(corpus), bool)
+    return make_mixture(every, corpus.source_sizes, corpus.repeats, corpus.names, config.train.seed)
+
+
+def _pictures(encoded: Encoded) -> Iterator[tuple[int, int, int]]:
+    """(start, end, index) of each picture, from its first placeholder to its last, separators between them included."""
+    for index in sorted({span.index for span in encoded.spans}):
+        own = [span for span in encoded.spans if span.index == index]
+        yield min(span.start for span in own), max(span.start + span.length for span in own), index
+
+
+def _tag(encoded: Encoded, index: int) -> str:
+    plan = encoded.media[index][1]
+    tiles = f"{plan.num_tiles} tile{'' if plan.num_tiles == 1 else 's'}"
+    return f"[image {plan.size[0]}×{plan.size[1]} → {tiles}, {plan.num_tokens:,} tokens]"
+
+
+def _decode(opened: OpenedFolder, ids: np.ndarray, *, is_first: bool) -> str:
+    tokenizer = opened.tokenizer
+    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    first = tokenizer.convert_ids_to_tokens(int(ids[0]))
+    # SentencePiece decoders take the space in front of a text for their own mark.
+    if not is_first and isinstance(first, str) and first.startswith("▁") and not text.startswith(" "):
+        return f" {text}"
+    return text
