@@ -1,0 +1,126 @@
+"""What the benchmarks run on: made-up rows over a pool of JPEG files, and a LLaVA-type model of a chosen size.
+
+Random weights and random words: speed and memory do not depend on what they mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+WORDS = (
+    "the a picture shows small red blue green large person street table window morning light beside under behind "
+    "walking holding reading standing two three several old new wooden glass metal paper river mountain city field"
+).split()
+
+TEMPLATE = """{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{ message['content'][0]['text'] + ' ' }}
+{%- elif message['role'] == 'user' -%}{{ 'USER: ' }}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'image') -%}{{ '<image>\\n' }}{%- endfor -%}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'text') -%}{{ part['text'] + ' ' }}{%- endfor -%}
+{%- else -%}{{ 'ASSISTANT:' }}{% generation %}{{ ' ' + message['content'][0]['text'] + eos_token }}{% endgeneration %}
+{%- endif -%}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"""
+
+
+def machine() -> str:
+    """One line that belongs under every figure."""
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    model = next(
+        (line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if "model name" in line), "?"
+    )
+    return f"{os.cpu_count()} cores of {model}, {versions}"
+
+
+def sentence(generator: random.Random, num_words: int) -> str:
+    return " ".join(generator.choice(WORDS) for _ in range(num_words)).capitalize() + "."
+
+
+def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> list[str]:
+    """`count` JPEG files of smooth noise, (width, height) = `size`; their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    names = [f"{number:05}.jpg" for number in range(count)]
+    for name in names:
+        if not (folder / name).exists():
+            coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            PIL.Image.fromarray(coarse).resize(size, PIL.Image.Resampling.BICUBIC).save(folder / name, quality=85)
+    return names
+
+
+def write_rows(file: Path, count: int, pictures: Sequence[str], *, words: tuple[int, int] = (10, 100)) -> None:
+    """LLaVA rows: one picture, a question and an answer of `words` (question, answer) words, half to double."""
+    generator = random.Random(0)
+    with open(file, "w", encoding="utf-8") as out:
+        for number in range(count):
+            question, answer = (max(1, round(n * generator.uniform(0.5, 1.5))) for n in words)
+            row = {
+                "id": str(number),
+                "image": generator.choice(pictures),
+                "conversations": [
+                    {"from": "human", "value": "<image>\n" + sentence(generator, question)},
+                    {"from": "gpt", "value": sentence(generator, answer)},
+                ],
+            }
+            out.write(json.dumps(row) + "\n")
+
+
+def write_llava(folder: Path, *, hidden_size: int, layers: int, image_size: int = 112, patch_size: int = 14) -> Path:
+    """A LLaVA folder that plain transformers (and TRL) can open without torchvision."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([" ".join(WORDS)], trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=TEMPLATE,
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    image_processor = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
+    processor = transformers.LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    processor.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    shared = {
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+    }
+    config = transformers.LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": image_size, "patch_size": patch_size, **shared},
+        text_config={"model_type": "llama", "vocab_size": len(tokenizer), "pad_token_id": 0, **shared},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
