@@ -14,7 +14,7 @@ from vlmtune.config.load import load_config
 from vlmtune.config.schema import RunConfig
 
 QUESTIONS = ("What is in this picture?", "Which digit is this?", "Describe the screen.")
-ANSWERS = ("It is a seven.", "A cat on a red mat, beside two small dogs.", "yes", "The button says OK.", "Three of them")
+ANSWERS = ("It is a seven.", "A cat on a red mat, beside two small dogs.", "yes", "The button says OK.", "Three")
 
 
 def write_rows(folder: Path, *, num: int, text_only: int = 0, seed: int = 0, name: str = "rows.jsonl") -> Path:

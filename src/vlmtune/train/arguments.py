@@ -138,9 +138,12 @@ def build(
         ours["activation_checkpointing"] = False  # FSDP brings its own
     _check_extra(train.extra, ours)
     try:
-        return TrainingArguments(**ours, **train.extra)
+        args = TrainingArguments(**ours, **train.extra)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"transformers refuses these arguments: {error}", where="train.extra") from error
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # one process drives one GPU; Trainer would wrap the model in DataParallel
+    return args
 
 
 def _arguments(config: RunConfig, run_dir: Path, num_steps: int, accumulation: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The best evaluation so far and early stopping: pure functions of the losses, so a resumed run needs no extra state."""
+"""The best evaluation and early stopping: pure functions of the losses, so a resumed run needs no extra state."""
 
 from __future__ import annotations
 

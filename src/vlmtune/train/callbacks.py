@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,6 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlmtune.config.schema import TrainConfig
 from vlmtune.progress import track
+
+
+_SECONDS_OF_ONE_SIGNAL = 1.0
 
 
 class Plan(Protocol):
@@ -33,10 +37,11 @@ class Plan(Protocol):
 
 
 class StopSignal:
-    """The first Ctrl-C or SIGTERM asks the run to stop after this step; the second one ends it at once."""
+    """The first Ctrl-C or SIGTERM asks the run to stop after this step; a second one ends it at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._came = 0.0
 
     @contextmanager
     def caught(self) -> Iterator[None]:
@@ -50,10 +55,13 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        if self.number is not None:
+        now = time.monotonic()
+        # A terminal sends Ctrl-C to every process of a group, and launchers pass it on: two at once are one.
+        if self.number is not None and now - self._came > _SECONDS_OF_ONE_SIGNAL:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.number = number
+        if self.number is None:
+            self.number, self._came = number, now
 
 
 class Schedule(TrainerCallback):

@@ -1,7 +1,7 @@
 """Checkpoints: what is in one, when it counts as whole, which are kept.
 
-A checkpoint folder is written in place and sealed by `manifest.json`, its last file: every other file with size and hash.
-Without a manifest, or with one that the files do not fit, the folder is a leftover of a process that died.
+A checkpoint folder is written in place and sealed by `manifest.json`, its last file, which lists every other file with
+size and hash. Without it, or if the files do not fit it, the folder is a leftover of a process that died.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def check_resumable(folder: Path, *, strategy: str, world: int) -> None:
         fits = fits and processes == world  # each process reads back the part that it wrote
     if not fits:
         raise RunFolderError(
-            f"was written by strategy {there} on {processes} processes, and cannot be continued by {strategy} on {world}",
+            f"was written by strategy {there} on {processes} processes; {strategy} on {world} cannot go on from it",
             where=str(folder),
             remedy="Start it as it was started, or set another train.output_dir.",
         )
@@ -202,7 +202,7 @@ def _version(package: str) -> str | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and the index (or the header of the only weight file): cheap, and other for other weights' shapes."""
+    """SHA-256 over config.json and the weights' index, or the only file's header: names and shapes, cheaply."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     index = folder / "model.safetensors.index.json"
     only = folder / "model.safetensors"

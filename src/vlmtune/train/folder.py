@@ -19,11 +19,11 @@ LOCK_FILE = ".lock"
 IDENTITY_FILE = "identity.json"
 FINISHED_FILE = "finished.json"
 
-# Keys that may change between two starts of one run: they decide how it is launched, logged and saved, not what it learns.
+# Keys that may change between two starts of one run: how it is launched, logged and saved, not what it learns.
 _FREE = {
     "train": {
-        "output_dir", "micro_batch_size", "activation_checkpointing", "strategy", "deterministic", "log_every", "eval_every",
-        "save_every", "keep_checkpoints", "early_stopping", "first_step_proof",
+        "output_dir", "micro_batch_size", "activation_checkpointing", "strategy", "deterministic", "log_every",
+        "eval_every", "save_every", "keep_checkpoints", "early_stopping", "first_step_proof",
     },
     "data": {"workers"},
 }  # fmt: skip
@@ -82,7 +82,7 @@ def claim(run_dir: Path, config: RunConfig, data: Mapping[str, str] | None = Non
         RunFolderError: it belongs to another run; lists the keys that differ.
     """
     file = run_dir / IDENTITY_FILE
-    ours = {"format_version": FORMAT_VERSION, "keys": identity(config), "data": dict(data or {})}
+    ours: dict[str, Any] = {"format_version": FORMAT_VERSION, "keys": identity(config), "data": dict(data or {})}
     if not file.exists():
         if data is not None:
             write_atomic(file, json.dumps(ours, indent=1, ensure_ascii=False))

@@ -1,7 +1,7 @@
-"""The first-step proof: every tensor that should train got a finite, non-zero gradient, or the run stops with the names.
+"""The first-step proof: every tensor that should train got a finite, non-zero gradient, or the run stops.
 
-Gradients are watched by tensor hooks during the backward pass: before DDP or ZeRO reduces, and where ZeRO later leaves no
-`.grad`. Under FSDP2 a parameter is a shard whose hooks do not fire; there the reduced shard is read after the backward.
+Gradients are watched by tensor hooks during the backward pass: before DDP or ZeRO reduces, and where ZeRO later leaves
+no `.grad`. Under FSDP2 a parameter is a shard whose hooks do not fire; the reduced shard is read after the backward.
 Either way the figures of all ranks are joined by their maximum. There is no tolerance: exactly zero, or not finite.
 """
 

@@ -19,11 +19,11 @@ from vlmtune.data.packing import Plan, TrainPlan, make_eval_plan, make_plan
 from vlmtune.data.sources import Corpus, open_corpus
 from vlmtune.errors import Interrupted, TrainingError
 from vlmtune.files import write_atomic
-from vlmtune.infer.locate import BEST_FILE, RUN_FILE
+from vlmtune.infer.locate import RUN_FILE
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import open_folder
 from vlmtune.train import arguments, checkpoint, folder, weights
-from vlmtune.train.best import best_of, should_stop
+from vlmtune.train.best import best_of
 from vlmtune.train.callbacks import ProgressBar, StopSignal
 from vlmtune.train.metrics import MetricsLog
 from vlmtune.train.processes import Processes

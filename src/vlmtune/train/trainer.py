@@ -1,35 +1,31 @@
-"""The Trainer subclass: planned micro batches in, an exactly token-weighted loss, own evaluation, sealed checkpoints."""
+"""The Trainer subclass: planned micro batches, an exactly token-weighted loss, own evaluation, sealed checkpoints."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME
+from transformers import PrinterCallback, TrainingArguments
 
-from vlmtune.config.schema import Component, RunConfig
+from vlmtune.config.schema import Component
 from vlmtune.data.loader import Failed, unwrap
 from vlmtune.data.sample import Batch
-from vlmtune.errors import TrainingError
-from vlmtune.models.family import OpenedFolder
 from vlmtune.nn.stand_in import StandIn
 from vlmtune.progress import track
-from vlmtune.train import checkpoint
-from vlmtune.train.best import Evaluated, best_of, should_stop
-from vlmtune.train.callbacks import Plan, Schedule, StopSignal
+from vlmtune.train.best import best_of, should_stop
+from vlmtune.train.callbacks import Schedule
+from vlmtune.train.job import Job
 from vlmtune.train.loss import summed_cross_entropy
 from vlmtune.train.metrics import MetricsLog
 from vlmtune.train.proof import FirstStepProof
+from vlmtune.train.saving import SealedCheckpoints
 from vlmtune.tuning.components import param_groups
 
 # One micro batch on its way through accelerate, which moves the tensors of plain containers to the device.
@@ -43,25 +39,6 @@ class StepTotals:
     tokens: int = 0
     trained: int = 0
     seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What a run brings beside transformers' own arguments.
-
-    rates: peak learning rate per component.
-    say: prints a line for the user, on the first rank; does nothing on the others.
-    provenance: written into every checkpoint.
-    """
-
-    config: RunConfig
-    opened: OpenedFolder
-    plan: Plan
-    rates: Mapping[Component, float]
-    strategy: str
-    provenance: Mapping[str, Any]
-    say: Callable[[str], None]
-    stop: StopSignal = field(default_factory=StopSignal)
 
 
 def unpack(items: list[Batch | Failed]) -> MicroBatch:
@@ -85,11 +62,11 @@ def _received(batch: MicroBatch) -> MicroBatch:
     return batch
 
 
-class VlmTrainer(Trainer):
+class VlmTrainer(SealedCheckpoints):
     """Trains on planned micro batches.
 
-    Item i of a dataset is the whole micro batch i of a flat plan. accelerate deals item i to rank i mod world, so a step
-    of N micro batches is N / world accumulation rounds, and the position in the data is the number of steps taken.
+    Item i of a dataset is the whole micro batch i of a flat plan. accelerate deals item i to rank i mod world, so a
+    step of N micro batches is N / world accumulation rounds, and the position in the data is the number of steps taken.
     """
 
     loss_is_scaled_for_ga = True
@@ -100,8 +77,8 @@ class VlmTrainer(Trainer):
         args: TrainingArguments,
         job: Job,
         *,
-        train_dataset: Dataset[Batch],
-        eval_dataset: Dataset[Batch] | None,
+        train_dataset: Dataset[Any],
+        eval_dataset: Dataset[Any] | None,
     ) -> None:
         own_cache = vars(model.config).get("use_cache")
         super().__init__(
@@ -124,21 +101,21 @@ class VlmTrainer(Trainer):
         self.stop_signal: int | None = None
         self.stopped_early = False
         self.metrics_log: MetricsLog | None = None
-        self.run_dir = Path(args.output_dir)
-        self._stand_in = StandIn(model.get_base_model() if isinstance(model, PeftModel) else model)
+        self.run_dir = Path(str(args.output_dir))
+        bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._stand_in = StandIn(bare)
         self._proof = FirstStepProof(model, job.opened) if job.config.train.first_step_proof else None
         self._totals = StepTotals()
         self._step_began = 0.0
         self._rates_of_step: dict[str, float] = {}
-        self._keys_checked = False
         self._eval_loader: DataLoader[Any] | None = None
 
-    # ---- data and optimizer -------------------------------------------------------------------------------------------
+    # ---- data and optimizer --------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Batches of the eval plan, dealt to the ranks in turn like those of training."""
         if self._eval_loader is None:
-            dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+            dataset: Any = eval_dataset if eval_dataset is not None else self.eval_dataset
             workers, pin = self.args.dataloader_num_workers, self.args.dataloader_pin_memory
             loader: DataLoader[Any] = DataLoader(
                 dataset, batch_size=1, collate_fn=unpack, num_workers=workers, pin_memory=pin
@@ -156,7 +133,7 @@ class VlmTrainer(Trainer):
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
-    # ---- the step ---------------------------------------------------------------------------------------------------
+    # ---- the step ------------------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[MicroBatch], num_batches: int, device: torch.device
@@ -222,7 +199,7 @@ class VlmTrainer(Trainer):
 
     def _prove(self, loss: torch.Tensor) -> None:
         assert self._proof is not None
-        self._refuse_broken_loss(loss)
+        self.refuse_broken_loss(loss)
         self._proof.end_step(self.args.device, self._largest_over_ranks)
         if not self._proof.pending:
             self._proof = None
@@ -235,16 +212,7 @@ class VlmTrainer(Trainer):
         """Trained tensors that no step could prove so far, by component."""
         return dict(self._proof.open_components()) if self._proof is not None else {}
 
-    def _refuse_broken_loss(self, loss: torch.Tensor) -> None:
-        """Every rank judges the joined loss, so that all of them stop."""
-        if not torch.isfinite(self.accelerator.gather(loss.detach().reshape(1)).sum()):
-            raise TrainingError(
-                "the loss is not a finite number any more",
-                where=f"step {self.state.global_step + 1}",
-                remedy="Lower the learning rate or lengthen the warm-up; earlier checkpoints are untouched.",
-            )
-
-    # ---- evaluation and metrics ---------------------------------------------------------------------------------------
+    # ---- evaluation and metrics ----------------------------------------------------------------------------
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -271,11 +239,6 @@ class VlmTrainer(Trainer):
         everyone = self.accelerator.gather(mine.to(self.args.device)[None])
         return everyone.cpu().T.reshape(-1)
 
-    @property
-    def evaluations(self) -> list[Evaluated]:
-        """All evaluations of the run, those before a resume included."""
-        return [Evaluated(line["step"], line["eval_loss"]) for line in self.state.log_history if "eval_loss" in line]
-
     def _keep_the_best(self) -> None:
         best = best_of(self.evaluations)
         if best is not None and best.step == self.state.global_step:
@@ -285,7 +248,7 @@ class VlmTrainer(Trainer):
             self.control.should_training_stop = self.control.should_save = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Turns Trainer's figures into a line of metrics; other calls of Trainer (its closing summary) are not logged."""
+        """Turns Trainer's figures into a line of metrics; its closing summary is not one."""
         del start_time
         step = self.state.global_step
         epoch = round(self.job.plan.step_epoch(step - 1), 4)
@@ -299,7 +262,7 @@ class VlmTrainer(Trainer):
 
     def _log_step(self, step: int, epoch: float, logs: Mapping[str, float]) -> None:
         if not math.isfinite(logs["loss"]):
-            self._refuse_broken_loss(torch.tensor(logs["loss"], device=self.args.device))
+            self.refuse_broken_loss(torch.tensor(logs["loss"], device=self.args.device))
         totals, self._totals = self._totals, StepTotals()
         speed = totals.tokens / totals.seconds if totals.seconds else 0.0
         line = {
@@ -326,68 +289,3 @@ class VlmTrainer(Trainer):
         if self.accelerator.num_processes == 1:
             self.stop_signal = self.job.stop.number  # nobody to agree with: one that came during the step counts
         return self.stop_signal is not None
-
-    # ---- checkpoints --------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes, seals and rotates; on failure removes what was begun and raises `TrainingError`."""
-        del model, trial
-        folder = checkpoint.folder_of(self.run_dir, self.state.global_step)
-        self._refuse_broken_loss(self._tr_loss)
-        if self.args.should_save:
-            checkpoint.remove(folder)
-        self.accelerator.wait_for_everyone()
-        try:
-            self._write_checkpoint(folder)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            # torch reports a full disk as a RuntimeError, safetensors as its own.
-            checkpoint.remove(folder)
-            kept = ", ".join(path.name for path in checkpoint.whole(self.run_dir)) or "none"
-            raise TrainingError(
-                f"the checkpoint could not be written ({str(error).splitlines()[0]})",
-                where=str(folder),
-                remedy=f"Free space on the disk and start the same command again; whole checkpoints: {kept}.",
-            ) from error
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            best = best_of(self.evaluations)
-            checkpoint.write_best(self.run_dir, best, folder)
-            checkpoint.rotate(
-                self.run_dir, keep=self.job.config.train.keep_checkpoints, best_step=best.step if best else None
-            )
-
-    def _write_checkpoint(self, folder: Path) -> None:
-        self.save_model(str(folder), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_rng_state(str(folder))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.state.save_to_json(str(folder / checkpoint.STATE_FILE))
-            checkpoint.add_companions(folder, self.job.opened, self.job.config, self.job.provenance)
-            if self.job.config.tuning.method == "full" and not self._keys_checked:
-                checkpoint.check_keys(folder, self.job.opened)
-                self._keys_checked = True
-            checkpoint.seal(folder, strategy=self.job.strategy, world=self.accelerator.num_processes)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Weights and config as plain transformers or PEFT writes them; no pickled arguments beside them."""
-        if self.args.should_save:
-            options = {} if self.job.config.tuning.method == "full" else {"save_embedding_layers": False}
-            self.model.save_pretrained(output_dir, state_dict=state_dict, **options)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        # Trainer would write the weights a second time here, in a format of FSDP's own.
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing to do: `run` loads the weights of the checkpoint before the model is wrapped.
-
-        Trainer's own way compares parameter names with the names on disk, which differ for InternVL and LLaVA: it would
-        load nothing and only warn.
-        """

@@ -24,8 +24,8 @@ def load(
 ) -> PreTrainedModel | PeftModel:
     """The prepared model on the CPU, with the weights of `resumed` if there is one.
 
-    Full tuning keeps float32 master weights and computes under autocast; under an adapter the frozen base is kept in the
-    precision of the forward pass.
+    Full tuning keeps float32 master weights and computes under autocast; under an adapter the frozen base is kept in
+    the precision of the forward pass.
 
     Args:
         partitioned: ZeRO-3, where DeepSpeed reads the adapter of a checkpoint itself.

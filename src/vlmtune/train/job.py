@@ -1,0 +1,30 @@
+"""What a run brings beside transformers' own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlmtune.config.schema import Component, RunConfig
+from vlmtune.models.family import OpenedFolder
+from vlmtune.train.callbacks import Plan, StopSignal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """The run as the trainer sees it.
+
+    rates: peak learning rate per component.
+    say: prints a line for the user, on the first rank; does nothing on the others.
+    provenance: written into every checkpoint.
+    """
+
+    config: RunConfig
+    opened: OpenedFolder
+    plan: Plan
+    rates: Mapping[Component, float]
+    strategy: str
+    provenance: Mapping[str, Any]
+    say: Callable[[str], None]
+    stop: StopSignal = field(default_factory=StopSignal)

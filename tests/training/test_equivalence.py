@@ -1,0 +1,160 @@
+"""Ways to cut the same work that must give the same training: accumulation, packing, padding, checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import losses, make_config
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from vlmtune.data.collate import collate
+from vlmtune.data.encode import encode
+from vlmtune.data.sample import Batch, Encoded
+from vlmtune.data.sources import open_corpus
+from vlmtune.models.load import load_model, open_folder
+from vlmtune.nn.stand_in import StandIn
+from vlmtune.train.loss import summed_cross_entropy
+from vlmtune.train.run import train
+
+KINDS = ["internvl", "llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
+
+
+def _trained(folder: Path, model: Path, rows: Path, **sections: Mapping[str, Any]) -> tuple[list[float], dict[str, Any]]:
+    result = train(make_config(folder, model, rows, **sections))
+    (weights,) = result.best.glob("*model.safetensors")
+    return [loss for _, loss in losses(result.run_dir)], load_file(weights)
+
+
+def _assert_alike(first: tuple[list[float], dict[str, Any]], second: tuple[list[float], dict[str, Any]]) -> None:
+    assert first[0] == pytest.approx(second[0], rel=1e-6)
+    for name, tensor in first[1].items():
+        torch.testing.assert_close(tensor, second[1][name], rtol=1e-4, atol=2e-5, msg=name)
+
+
+@pytest.mark.parametrize("tuning", [{"method": "full"}, {"method": "lora", "rank": 4}])
+def test_accumulation_padding_and_packing_train_alike(
+    tmp_path: Path, model: Path, rows: Path, tuning: dict[str, Any]
+) -> None:
+    """Rows of very different numbers of trained tokens: a mean of means would show at once."""
+
+    def run(name: str, micro: int, packing: bool) -> tuple[list[float], dict[str, Any]]:
+        # A large epsilon keeps AdamW from blowing rounding errors of tiny gradients up to whole steps.
+        shape = {"global_batch_size": 8, "micro_batch_size": micro, "extra": {"adam_epsilon": 1e-3}}
+        sections: dict[str, Any] = {"train": shape, "data": {"packing": packing}, "tuning": tuning}
+        return _trained(tmp_path / name, model, rows, **sections)
+
+    one_by_one = run("1x8", 1, False)
+    _assert_alike(one_by_one, run("8x1", 8, False))
+    _assert_alike(one_by_one, run("2x4", 2, False))
+    _assert_alike(one_by_one, run("packed", 1, True))
+
+
+@pytest.mark.parametrize("tuning", [{"method": "full"}, {"method": "lora", "rank": 4, "dropout": 0.1}])
+def test_activation_checkpointing_changes_nothing(
+    tmp_path: Path, model: Path, rows: Path, tuning: dict[str, Any]
+) -> None:
+    with_it = _trained(tmp_path / "a", model, rows, tuning=tuning, train={"activation_checkpointing": True})
+    without = _trained(tmp_path / "b", model, rows, tuning=tuning)
+    _assert_alike(with_it, without)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_loss_and_gradients_equal_the_models_own(
+    tiny_folder: Callable[[str], Path], rows: Path, kind: str
+) -> None:
+    """Packed and padded batches against transformers' own `labels=` on each row alone, in float64."""
+    opened = open_folder(tiny_folder(kind))
+    samples = [encode(sample, opened, max_image_pixels=10**6) for sample in _samples(rows)]
+    own, own_gradients = _own(kind, tiny_folder, samples)
+    shapes = {"padded": [[sample] for sample in samples]}
+    if opened.why_not_packed is None:
+        shapes["packed"] = [samples]
+    for name, shape in shapes.items():
+        model = load_model(opened, dtype=torch.float64)
+        batch = collate(shape, opened, max_image_pixels=10**6, stand_in=False)
+        loss = _loss(model, batch) / len(batch.targets)
+        loss.backward()
+        assert float(loss) == pytest.approx(own, rel=1e-6), name
+        for parameter, value in model.named_parameters():
+            expected = own_gradients[parameter]
+            got = value.grad if value.grad is not None else torch.zeros_like(value)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6, msg=f"{name} {parameter}")
+
+
+def _samples(rows: Path) -> list[Any]:
+    from vlmtune.config.schema import SourceConfig
+
+    corpus = open_corpus((SourceConfig(path=str(rows)),), allow=())
+    return [corpus.sample(i) for i in (0, 1, 11)]  # the last one is text only
+
+
+def _own(
+    kind: str, tiny_folder: Callable[[str], Path], samples: list[Encoded]
+) -> tuple[float, dict[str, torch.Tensor]]:
+    opened = open_folder(tiny_folder(kind))
+    model = load_model(opened, dtype=torch.float64)
+    total = sum(sample.num_trained for sample in samples)
+    whole = 0.0
+    for sample in samples:
+        inputs = dict(collate([[sample]], opened, max_image_pixels=10**6, stand_in=False).inputs)
+        inputs.pop("logits_to_keep")
+        inputs.pop("position_ids")
+        logits = model(**_float64(inputs)).logits[0]
+        labels = torch.from_numpy(sample.labels.astype("int64"))
+        loss = functional.cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100) / total
+        loss.backward()
+        whole += float(loss)
+    grads = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in model.named_parameters()}
+    return whole, grads
+
+
+def _float64(inputs: dict[str, Any]) -> dict[str, Any]:
+    def cast(value: Any) -> Any:
+        return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return {name: cast(value) for name, value in inputs.items()}
+
+
+def _loss(model: Any, batch: Batch) -> torch.Tensor:
+    return summed_cross_entropy(model(**_float64(batch.inputs)).logits, batch.targets)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stand_in_changes_neither_loss_nor_gradients(tiny_folder: Callable[[str], Path], rows: Path, kind: str) -> None:
+    opened = open_folder(tiny_folder(kind))
+    text_only = [encode(_samples(rows)[2], opened, max_image_pixels=10**6)]
+    results = []
+    for stand_in in (False, True):
+        model = load_model(opened, dtype=torch.float64)
+        batch = collate([text_only], opened, max_image_pixels=10**6, stand_in=stand_in)
+        installed = StandIn(model)
+        installed.set(_float64(batch.stand_in) if batch.stand_in else None)
+        loss = _loss(model, batch)
+        loss.backward()
+        results.append((float(loss), {name: p.grad for name, p in model.named_parameters()}))
+    (loss_without, without), (loss_with, with_it) = results
+    assert loss_with == loss_without
+    reached = [name for name in without if without[name] is None and with_it[name] is not None]
+    assert reached and not any(with_it[name].abs().max() for name in reached)  # the tower ran, and learnt nothing
+    for name, gradient in without.items():
+        if gradient is not None:
+            torch.testing.assert_close(with_it[name], gradient, rtol=0, atol=1e-12)
+
+
+def test_loss_of_nothing_is_zero_with_a_graph() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 5))
+    loss = summed_cross_entropy(torch.zeros(0, 3) @ weight, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert float(loss) == 0.0 and weight.grad is not None and not weight.grad.any()
+
+
+def test_loss_is_summed_in_float32() -> None:
+    logits = torch.randn(4096, 50, generator=torch.Generator().manual_seed(0))
+    targets = torch.randint(50, (4096,), generator=torch.Generator().manual_seed(1))
+    exact = functional.cross_entropy(logits.bfloat16().double(), targets, reduction="sum")
+    assert float(summed_cross_entropy(logits.bfloat16(), targets)) == pytest.approx(float(exact), rel=1e-5)

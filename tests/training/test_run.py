@@ -1,0 +1,167 @@
+"""A whole run: what it leaves behind, and that it refuses before it starts what cannot work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs import eval_losses, losses, make_config
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vlmtune.errors import ConfigError, DataError, RunFolderError
+from vlmtune.train import checkpoint
+from vlmtune.train.run import train
+
+
+def test_full_run_leaves_a_plain_transformers_folder(tmp_path: Path, model: Path, rows: Path, eval_rows: Path) -> None:
+    said: list[str] = []
+    config = make_config(tmp_path, model, rows, data={"eval": {"path": str(eval_rows)}}, train={"epochs": 2})
+    result = train(config, say=said.append)
+
+    assert result.steps == 6
+    assert [step for step, _ in losses(result.run_dir)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in eval_losses(result.run_dir)] == [3, 6]  # once an epoch
+    assert result.eval_loss == min(loss for _, loss in eval_losses(result.run_dir))
+    best = json.loads((result.run_dir / "best.json").read_text())
+    assert result.best == result.run_dir / best["checkpoint"]
+    assert checkpoint.is_whole(result.best)
+    text = "\n".join(said)
+    assert "learning rate" in text and "global batch size" in text and str(result.best) in text
+
+    kept = {path.name for path in result.best.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "chat_template.jinja"} < kept
+    assert {"generation_config.json", "run.yaml", "provenance.json", "manifest.json", "optimizer.pt"} < kept
+    assert not [name for name in kept if name.endswith(".bin")]
+
+
+def test_checkpoint_loads_in_a_process_without_vlmtune(tmp_path: Path, model: Path, rows: Path) -> None:
+    result = train(make_config(tmp_path, model, rows))
+    assert load_file(result.best / "model.safetensors").keys() == load_file(model / "model.safetensors").keys()
+    script = (
+        "import sys, transformers; from transformers import AutoModelForImageTextToText, AutoTokenizer\n"
+        "model, info = AutoModelForImageTextToText.from_pretrained(sys.argv[1], output_loading_info=True)\n"
+        "assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys'], info\n"
+        "assert AutoTokenizer.from_pretrained(sys.argv[1]).chat_template\n"
+        "assert 'vlmtune' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(result.best)], check=True, timeout=120)
+
+
+def test_checkpoint_keeps_the_config_of_its_base(tmp_path: Path, model: Path, rows: Path) -> None:
+    result = train(make_config(tmp_path, model, rows))
+    base, ours = (json.loads((folder / "config.json").read_text()) for folder in (model, result.best))
+    for config in (base, ours):
+        for part in ("text_config", "vision_config"):
+            config[part].pop("dtype", None)  # `save_pretrained` repeats it there
+    assert ours == base  # use_cache above all, which Trainer would switch off for good
+
+
+def test_tensorboard_has_the_curves(tmp_path: Path, model: Path, rows: Path, eval_rows: Path) -> None:
+    rates = {"vision": 1e-4, "projector": 5e-4}
+    result = train(
+        make_config(tmp_path, model, rows, data={"eval": {"path": str(eval_rows)}}, tuning={"learning_rates": rates})
+    )
+    events = EventAccumulator(str(result.run_dir / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    expected = {"loss/train", "loss/eval", "train/grad_norm", "train/tokens_per_second", "train/trained_share"}
+    assert expected | {"train/epoch"} <= tags
+    first = {name: events.Scalars(f"learning_rate/{name}")[0].value for name in ("vision", "projector", "language")}
+    assert first == pytest.approx({**rates, "language": 1e-3})
+
+
+def test_lora_saves_the_adapter_only(tmp_path: Path, tiny_folder: Callable[[str], Path], rows: Path) -> None:
+    model = tiny_folder("llava")
+    tuning = {"method": "lora", "rank": 4, "targets": ["language", "head"], "train": ["projector"]}
+    result = train(make_config(tmp_path, model, rows, tuning=tuning))
+    saved = load_file(result.best / "adapter_model.safetensors")
+    assert all(".lora_" in name or ".multi_modal_projector." in name for name in saved)
+    assert any(name.endswith("lm_head.lora_A.weight") for name in saved)
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert not (result.best / "config.json").exists()
+    assert json.loads((result.best / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+
+
+@pytest.mark.parametrize("component", ["vision", "projector", "language"])
+def test_full_changes_its_component_only(tmp_path: Path, model: Path, rows: Path, component: str) -> None:
+    result = train(make_config(tmp_path, model, rows, tuning={"train": [component]}))
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, result.best))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    words = {"vision": "vision_tower", "projector": "multi_modal_projector", "language": "language_model"}
+    assert changed and all(words[component] in name or (component, name) == ("language", "lm_head.weight") for name in changed)
+
+
+def test_head_that_is_tied_is_refused(tmp_path: Path, model: Path, rows: Path) -> None:
+    with pytest.raises(ConfigError, match="Leave out `head`"):
+        train(make_config(tmp_path, model, rows, tuning={"method": "lora", "targets": ["language", "head"]}))
+
+
+def test_finished_run_says_so(tmp_path: Path, model: Path, rows: Path) -> None:
+    config = make_config(tmp_path, model, rows)
+    first = train(config)
+    said: list[str] = []
+    second = train(config, say=said.append)
+    assert second.already_finished and second.best == first.best
+    assert "finished" in said[0]
+
+
+def test_folder_of_another_run_is_refused_by_its_keys(tmp_path: Path, model: Path, rows: Path) -> None:
+    train(make_config(tmp_path, model, rows))
+    with pytest.raises(RunFolderError, match=r"train.learning_rate \(there 0.001, here 0.002\)") as caught:
+        train(make_config(tmp_path, model, rows, train={"learning_rate": 2e-3, "log_every": 7}))
+    assert "log_every" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_changed_rows_are_refused(tmp_path: Path, model: Path, rows: Path) -> None:
+    mine = tmp_path / "rows.jsonl"
+    mine.write_text(rows.read_text())
+    config = make_config(tmp_path, model, mine, data={"sources": {"path": str(mine), "root": str(rows.parent)}})
+    result = train(config)
+    (result.run_dir / "finished.json").unlink()
+    mine.write_text(rows.read_text().replace("seven", "eight"))
+    with pytest.raises(RunFolderError, match=r"rows \(changed\)"):
+        train(config)
+
+
+def test_bad_rows_are_refused_before_the_start(tmp_path: Path, model: Path, rows: Path) -> None:
+    mine = tmp_path / "rows.jsonl"
+    mine.write_text(rows.read_text().replace("rows.jsonl-3.png", "gone.png").replace("rows.jsonl-5.png", "lost.png"))
+    config = make_config(tmp_path, model, mine, data={"sources": {"path": str(mine), "root": str(rows.parent)}})
+    with pytest.raises(DataError, match=r"rows.jsonl:4: .*1 more row"):
+        train(config)
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run" / "run.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({"adam_epsilonn": 1e-6}, "Did you mean adam_epsilon"),
+        ({"learning_rate": 1.0}, "set by vlmtune itself"),
+        ({"label_smoothing_factor": 0.1}, "no effect"),
+        ({"optim": "no_such_optimizer"}, "transformers refuses"),
+    ],
+)
+def test_extra_arguments_are_checked(tmp_path: Path, model: Path, rows: Path, extra: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        train(make_config(tmp_path, model, rows, train={"extra": extra}))
+
+
+def test_extra_arguments_arrive(tmp_path: Path, model: Path, rows: Path) -> None:
+    plain = train(make_config(tmp_path / "a", model, rows))
+    other = train(make_config(tmp_path / "b", model, rows, train={"extra": {"adam_epsilon": 1.0}}))
+    assert losses(plain.run_dir)[0] == losses(other.run_dir)[0]
+    assert losses(plain.run_dir)[2] != losses(other.run_dir)[2]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "fsdp2"])
+def test_strategies_of_several_processes_are_refused_for_one(
+    tmp_path: Path, model: Path, rows: Path, strategy: str
+) -> None:
+    with pytest.raises(ConfigError, match="NPROC_PER_NODE"):
+        train(make_config(tmp_path, model, rows, train={"strategy": strategy}))
