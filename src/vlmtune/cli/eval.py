@@ -119,7 +119,8 @@ def _print(result: EvalResult, model: str, data: list[str]) -> None:
     from rich.table import Table
 
     metrics = result.metrics
-    table = Table(title=f"{model}\non {', '.join(data)}", title_justify="left")
+    print(f"{model} on {', '.join(data)}")
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     hits = sum(one.exact for one in result.predictions)

@@ -223,7 +223,7 @@ def _finish(located: Located, draft: Path, result: ExportResult) -> None:
         architecture=_architecture(draft),
         dtype=result.dtype,
         config=config,
-        versions=versions(("vlmtune", "transformers", "peft", "torch")),
+        versions=versions(("transformers", "peft", "torch")),
         comparisons=[one.as_dict() for one in result.comparisons],
     )
     (draft / "README.md").write_text(card.write_card(facts), encoding="utf-8")

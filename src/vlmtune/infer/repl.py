@@ -69,8 +69,8 @@ def open_picture(path: str | Path, max_pixels: int) -> Image:
     try:
         media.open_image(ref, max_pixels=max_pixels)
     except DataError as error:
-        where = error.where or str(path)
-        raise DataError(error.found, where=where, expected=error.expected, remedy=error.remedy) from None
+        # The remedies of `media` speak of rows; here there is none.
+        raise DataError(error.found, where=error.where or str(path), expected=error.expected) from None
     return Image(ref)
 
 

@@ -16,6 +16,7 @@ from vlmtune.infer.locate import Located, locate
 from vlmtune.infer.streaming import stream_pieces
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import load_model, open_folder
+from vlmtune.weights.strict import listed
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -184,18 +185,26 @@ def attach(model: PreTrainedModel, adapter: Path) -> Any:
     Raises:
         WeightsError: the adapter does not fit the model, or its file is broken.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from safetensors import SafetensorError
 
+    remedy = "Check that the base is the model that the adapter was trained on (--base DIR)."
     try:
-        wrapped = PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        config = PeftConfig.from_pretrained(str(adapter))
+        config.inference_mode = True
+        wrapped: Any = PeftModel(model, config)
+        # Not `from_pretrained`, which only warns of keys that do not fit.
+        result = wrapped.load_adapter(str(adapter), "default")
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
+        raise WeightsError(f"the adapter does not load on its base ({first})", where=str(adapter), remedy=remedy) from error
+    if result.missing_keys or result.unexpected_keys:
         raise WeightsError(
-            f"the adapter does not load on its base ({first})",
+            f"the adapter does not fit its base: {len(result.unexpected_keys)} of its tensors have no place there "
+            f"({listed(result.unexpected_keys)}), and {len(result.missing_keys)} places stay empty",
             where=str(adapter),
-            remedy="Check that the base is the model that the adapter was trained on (--base DIR).",
-        ) from error
+            remedy=remedy,
+        )
     return wrapped
 
 

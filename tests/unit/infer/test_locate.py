@@ -1,0 +1,117 @@
+"""Which weights a path means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlmtune.config.schema import ImageOptions
+from vlmtune.errors import UsageError, WeightsError
+from vlmtune.infer.locate import checkpoints, locate
+
+
+def model_folder(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def adapter(folder: Path, base: str) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    run = tmp_path / "run"
+    for step in (5, 10, 100):
+        checkpoint = model_folder(run / f"checkpoint-{step}")
+        (checkpoint / "manifest.json").write_text("{}")
+        (checkpoint / "run.yaml").write_text("")
+    (run / "run.yaml").write_text("")
+    model_folder(run / "checkpoint-110")  # the process died while it wrote this one
+    return run
+
+
+def test_a_model_folder_is_itself(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    found = locate(folder)
+    assert (found.path, found.base, found.model_folder) == (folder, None, folder)
+
+
+def test_of_a_run_the_best_checkpoint(run_folder: Path) -> None:
+    (run_folder / "best.json").write_text(json.dumps({"checkpoint": "checkpoint-10", "eval_loss": 0.5}))
+    assert locate(run_folder).path.name == "checkpoint-10"
+    assert locate(run_folder, checkpoint="last").path.name == "checkpoint-100"
+    assert locate(run_folder, checkpoint="5").path.name == "checkpoint-5"
+
+
+def test_without_an_evaluation_the_last_whole_one(run_folder: Path) -> None:
+    assert list(checkpoints(run_folder)) == [5, 10, 100]
+    assert locate(run_folder).path.name == "checkpoint-100"
+
+
+def test_a_checkpoint_that_is_not_there_lists_those_that_are(run_folder: Path) -> None:
+    with pytest.raises(UsageError, match="no checkpoint 7; expected best, last, or one of the steps 5, 10, 100"):
+        locate(run_folder, checkpoint="7")
+    (run_folder / "best.json").write_text(json.dumps({"checkpoint": "checkpoint-50"}))
+    with pytest.raises(WeightsError, match="names checkpoint-50, which is not there"):
+        locate(run_folder)
+
+
+def test_a_checkpoint_folder_stands_for_itself(run_folder: Path) -> None:
+    assert locate(run_folder / "checkpoint-5").path.name == "checkpoint-5"
+
+
+def test_a_run_that_has_not_saved_yet(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(UsageError, match="no finished checkpoint"):
+        locate(tmp_path)
+
+
+def test_an_adapter_finds_its_base(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    found = locate(adapter(tmp_path / "adapter", str(base)))
+    assert (found.base, found.model_folder) == (base, base)
+
+
+def test_a_base_that_has_moved(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter", str(tmp_path / "gone"))
+    with pytest.raises(WeightsError, match=r"the base model of this adapter is not at .*gone.*--base DIR") as caught:
+        locate(folder)
+    assert caught.value.exit_code == 4
+    moved = model_folder(tmp_path / "moved")
+    assert locate(folder, base=moved).base == moved
+    with pytest.raises(UsageError, match="given with --base"):
+        locate(folder, base=tmp_path / "also-gone")
+
+
+def test_a_base_for_a_whole_model_is_refused(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    with pytest.raises(UsageError, match="not an adapter"):
+        locate(folder, base=folder)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        locate(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"neither config\.json"):
+        locate(tmp_path)
+
+
+def test_pictures_are_cut_as_in_training(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    config = {"model": {"path": "x", "image": {"max_tiles": 3}}, "data": {"max_image_pixels": 1000}}
+    (folder / "provenance.json").write_text(json.dumps({"config": config}))
+    found = locate(folder)
+    assert (found.image, found.max_image_pixels) == (ImageOptions(max_tiles=3), 1000)
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "adapter", "x")
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(WeightsError, match=r"adapter_config\.json: cannot be read"):
+        locate(folder)

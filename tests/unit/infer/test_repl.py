@@ -1,0 +1,94 @@
+"""The conversation: what the model is asked after some turns, and what does not end the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from vlmtune.data.sample import Sample
+from vlmtune.infer.repl import Conversation, converse
+
+
+class Parrot:
+    """Answers with what it was asked, and keeps the samples."""
+
+    located = SimpleNamespace(max_image_pixels=10**6)
+
+    def __init__(self) -> None:
+        self.asked: list[Sample] = []
+
+    def stream(self, sample: Sample, max_new_tokens: int) -> Generator[str, None, None]:
+        self.asked.append(sample)
+        text = sample.messages[-1].text
+        if text == "interrupt":
+            yield "half"
+            raise KeyboardInterrupt
+        yield from (text.upper(), "!")
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    file = tmp_path / "a cat.png"
+    PIL.Image.new("RGB", (8, 8)).save(file)
+    return file
+
+
+def talk(*lines: str) -> tuple[Parrot, str, list[str]]:
+    parrot: Any = Parrot()
+    inputs = iter(lines)
+    written: list[str] = []
+    complaints: list[str] = []
+    converse(Conversation(parrot), lambda: next(inputs, None), written.append, complaints.append)
+    return parrot, "".join(written), complaints
+
+
+def roles_and_texts(sample: Sample) -> list[tuple[str, str, int]]:
+    return [(m.role, m.text, len(m.parts)) for m in sample.messages]
+
+
+def test_turns_build_on_each_other(picture: Path) -> None:
+    parrot, written, complaints = talk("hello", f"/image {picture}", f"/image {picture}", "what is it?", "sure?")
+    assert roles_and_texts(parrot.asked[-1]) == [
+        ("user", "hello", 1),
+        ("assistant", "HELLO!", 1),
+        ("user", "what is it?", 3),
+        ("assistant", "WHAT IS IT?!", 1),
+        ("user", "sure?", 1),
+    ]
+    assert "HELLO!\n" in written and not complaints
+
+
+def test_a_missing_picture_is_one_paragraph_and_the_loop_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    parrot, written, complaints = talk(f"/image {tmp_path}/gone.png", f"/image {tmp_path}/text.png", "hello")
+    assert len(complaints) == 2
+    assert "gone.png" in complaints[0] and "text.png" in complaints[1]
+    assert all("\n" not in one for one in complaints)
+    assert len(parrot.asked[0].images) == 0 and "HELLO!" in written
+
+
+def test_reset_forgets_turns_and_pictures(picture: Path) -> None:
+    parrot, _, _ = talk("hello", f"/image {picture}", "/reset", "again")
+    assert roles_and_texts(parrot.asked[-1]) == [("user", "again", 1)]
+
+
+def test_quit_leaves_and_unknown_commands_help() -> None:
+    parrot, written, _ = talk("/dance", "", "/quit", "hello")
+    assert not parrot.asked
+    assert "there is no command /dance" in written
+
+
+def test_an_interrupted_answer_is_no_part_of_the_conversation(picture: Path) -> None:
+    parrot, written, _ = talk(f"/image {picture}", "interrupt", "hello")
+    assert "stopped" in written
+    assert roles_and_texts(parrot.asked[-1]) == [("user", "hello", 2)]  # the picture still waits
+
+
+def test_several_quoted_paths(picture: Path) -> None:
+    parrot, _, complaints = talk(f"/image '{picture}' '{picture}'", "hello")
+    assert not complaints and len(parrot.asked[0].images) == 2
