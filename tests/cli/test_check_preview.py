@@ -1,0 +1,82 @@
+"""`vlmtune check` and `vlmtune preview` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from vlmtune.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Callable[[str], Path]) -> Path:
+    return tiny_folder("internvl")
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path, model: Path) -> Path:
+    PIL.Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
+    write_rows(tmp_path, [row(i) for i in range(12)])
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{path: {model}}}\ndata:\n  workers: 0\n  sources: {{path: rows.jsonl}}\n")
+    return path
+
+
+def row(i: int, **more: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": f"Number {i}."}]
+    return {"id": i, "image": "a.png", "conversations": turns, **more}
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_check_of_good_data(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run_yaml.parent / "check.json"
+    assert main(["check", str(run_yaml), "train.epochs=3", "--decode", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "Every row can be trained." in printed and "3 steps = 3 epochs" in printed
+    report = json.loads(out.read_text())
+    assert (report["rows"], report["bad"], report["steps"], report["images"]) == (12, [], 3, 12)
+    assert 0 < report["trained_tokens"] < report["tokens"]
+
+
+def test_check_lists_all_bad_rows_and_exits_with_3(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(run_yaml.parent, [row(i, **({} if i % 2 else {"image": f"gone{i}.png"})) for i in range(12)])
+    out = run_yaml.parent / "check.json"
+    assert main(["check", str(run_yaml), "--json", str(out)]) == 3
+    assert "6 bad rows: a run would refuse to start." in capsys.readouterr().out
+    bad = json.loads(out.read_text())["bad"]
+    assert [entry["origin"] for entry in bad] == [f"rows.jsonl:{i + 1}" for i in range(0, 12, 2)]
+    assert all(f"gone{i}.png" in entry["reason"] for i, entry in zip(range(0, 12, 2), bad, strict=True))
+
+
+def test_check_names_the_devices_it_cannot_divide_for(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(run_yaml), "--devices", "3", "data.packing=false"]) == 2
+    assert "error: train.global_batch_size: 16 rows per step cannot be dealt to 3 devices" in capsys.readouterr().err
+    assert main(["check", str(run_yaml), "--devices", "0"]) == 2
+    assert "no whole number from 1" in capsys.readouterr().err
+
+
+def test_preview_shows_rows_in_training_order_or_one(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", str(run_yaml), "-n", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(" tokens, 8 trained (") == 2 and printed.count("[image 60×40 → ") == 2
+    assert "An epoch: 12 rows in 1 step of 16" in printed
+    assert main(["preview", str(run_yaml), "--row", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "rows.jsonl:5" in printed and "Number 4." in printed
+    assert main(["preview", str(run_yaml), "--row", "55"]) == 2
+    assert "there is no row rows.jsonl:55; expected a row from 1 to 12" in capsys.readouterr().err
+
+
+def test_preview_shows_what_is_wrong_with_a_row(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(run_yaml.parent, [row(0), row(1, image=None)])
+    assert main(["preview", str(run_yaml)]) == 3
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Number 0." in printed and "rows.jsonl:2: 1 <image> mark but 0 images. Add the missing path" in printed
