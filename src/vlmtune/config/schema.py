@@ -120,8 +120,8 @@ class DataConfig(Section):
     """What happens to a row longer than `max_length`: refuse the run, or drop the row and count it."""
     packing: bool = True
     """Put several rows in one sequence, isolated from each other."""
-    max_image_pixels: Annotated[int, Field(ge=1)] = 178_956_970
-    """Pictures with more pixels than this are refused as decompression bombs (Pillow's own refusal point)."""
+    max_image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 178_956_970
+    """Pictures with more pixels than this are refused as decompression bombs; Pillow opens none above the default."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode pictures, and that read rows in `check`; 0 does it in the main process."""
 

@@ -203,7 +203,7 @@ _VARIABLE = (
     (re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`"), "…"),
     (re.compile(r"\S*/\S*|\S+\.\w{2,5}\b"), "…"),
     (re.compile(r"\d[\d,.×]*"), "N"),
-    (re.compile(r"\b(mark|image|token)s?\b"), r"\1s"),
+    (re.compile(r"(?<!<)\b(mark|image|token)s?\b"), r"\1s"),
 )
 
 

@@ -80,8 +80,8 @@ def _arithmetic(report: Report) -> Text:
     text.append("A step: ", "bold")
     if report.packed:
         text.append(
-            f"{numbers['global_batch_size']} rows (global_batch_size) in {numbers['micro_batches_per_step']} packs of at "
-            f"most {numbers['max_length']:,} tokens = {numbers['accumulation']} accumulated × {devices}; packs are "
+            f"{numbers['global_batch_size']} rows (global_batch_size) in {numbers['micro_batches_per_step']} packs of "
+            f"at most {numbers['max_length']:,} tokens = {numbers['accumulation']} accumulated × {devices}; packs are "
             f"{numbers['fill']:.0%} full\n"
         )
     else:
@@ -108,9 +108,8 @@ def _notes(report: Report) -> Iterator[RenderableType]:
         notes.append(Text(f"Note: {rows} longer than {report.max_length:,} tokens and dropped (data.too_long)."))
     unread = report.train.measured.unknown_keys.most_common(8)
     if unread:
-        notes.append(
-            Text("Note: keys that nothing reads: " + ", ".join(f"{key} ({n:,} rows)" for key, n in unread) + ".")
-        )
+        keys = ", ".join(f"{key} ({n:,} row{'' if n == 1 else 's'})" for key, n in unread)
+        notes.append(Text(f"Note: keys that nothing reads: {keys}."))
     notes += [Text(f"Warning: {warning}", "yellow") for warning in report.warnings]
     if notes:
         yield from notes
@@ -138,4 +137,7 @@ def _verdict(report: Report) -> Text:
         return Text(f"{rows}: a run would refuse to start.", "bold red")
     if report.plan is None:
         return Text("No row is left to train on: a run would refuse to start.", "bold red")
-    return Text("Every row can be trained.", "bold green")
+    if report.decoded or not report.train.total("images"):
+        return Text("Every row can be trained.", "bold green")
+    hint = ("  Pictures were read up to their headers; --decode reads all of them.", "dim")
+    return Text.assemble(("Every row can be trained.", "bold green"), hint)

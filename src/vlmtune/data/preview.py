@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from typing import Literal
 
@@ -37,10 +38,8 @@ def runs(encoded: Encoded, opened: OpenedFolder) -> list[Run]:
         kinds[start:end] = 2 + index
     borders = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
     found = []
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
-        kind = int(kinds[start]) if start < len(kinds) else 0
-        if start == end:
-            continue
+    for start, end in pairwise(borders):
+        kind = int(kinds[start])
         if kind >= 2:
             found.append(Run("image", _tag(encoded, kind - 2), end - start))
         else:
@@ -83,8 +82,8 @@ def epoch_lines(corpus: Corpus, config: RunConfig) -> Iterator[str]:
         yield f"{name}: {size:,} rows × {repeat:g} = {count:,} in an epoch"
     steps = ceil(mixture.epoch_size / config.train.global_batch_size)
     yield (
-        f"An epoch: {mixture.epoch_size:,} rows in {steps:,} steps of {config.train.global_batch_size} "
-        "(`vlmtune check` reads all of them)."
+        f"An epoch: {mixture.epoch_size:,} rows in {steps:,} step{'' if steps == 1 else 's'} of "
+        f"{config.train.global_batch_size} (`vlmtune check` reads all of them)."
     )
 
 
@@ -108,9 +107,7 @@ def _tag(encoded: Encoded, index: int) -> str:
 
 def _decode(opened: OpenedFolder, ids: np.ndarray, *, is_first: bool) -> str:
     tokenizer = opened.tokenizer
-    text = tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    first = tokenizer.convert_ids_to_tokens(int(ids[0]))
+    text = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    first = str(tokenizer.convert_ids_to_tokens(int(ids[0])))
     # SentencePiece decoders take the space in front of a text for their own mark.
-    if not is_first and isinstance(first, str) and first.startswith("▁") and not text.startswith(" "):
-        return f" {text}"
-    return text
+    return f" {text}" if not is_first and first.startswith("▁") and not text.startswith(" ") else text
