@@ -35,6 +35,7 @@ def collate(rows: Sequence[Sequence[Encoded]], opened: OpenedFolder, *, max_imag
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if len(rows) == 1:
         inputs["position_ids"] = torch.cat([torch.arange(sample.num_tokens) for sample in rows[0]])[None]
+        inputs["pack_lengths"] = tuple(sample.num_tokens for sample in rows[0])  # see nn.attention
     else:
         inputs["attention_mask"] = (torch.arange(ids.shape[1])[None] < torch.tensor(lengths)[:, None]).long()
     inputs.update(opened.family.position_inputs(rows, pixels, opened.spec))

@@ -19,6 +19,7 @@ from vlmtune.errors import WeightsError
 from vlmtune.models.family import ModelFolder, OpenedFolder
 from vlmtune.models.registry import detect
 from vlmtune.models.text import TextEncoder
+from vlmtune.nn.attention import PACKED
 from vlmtune.weights import strict
 
 _NOT_FETCHED = ["*.py", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]
@@ -96,6 +97,13 @@ def open_folder(path: str | os.PathLike[str], image: ImageOptions | None = None)
     )
 
 
+def _attention(opened: OpenedFolder, name: str) -> str | dict[str, str]:
+    """Packed attention for the language model where the family packs, else what was asked for."""
+    if name != "sdpa" or opened.why_not_packed is not None:
+        return name
+    return {"": "sdpa", "text_config": PACKED, "vision_config": "sdpa"}
+
+
 def load_model(opened: OpenedFolder, *, dtype: torch.dtype | None = None, attention: str = "sdpa") -> PreTrainedModel:
     """The model on the CPU (or partitioned, under ZeRO-3), in `dtype` or the checkpoint's own.
 
@@ -107,7 +115,7 @@ def load_model(opened: OpenedFolder, *, dtype: torch.dtype | None = None, attent
         loaded: Any = opened.family.model_class(folder).from_pretrained(
             folder.path,
             dtype=dtype if dtype is not None else "auto",
-            attn_implementation=attention,
+            attn_implementation=_attention(opened, attention),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below, by name, with the other complaints
             output_loading_info=True,
