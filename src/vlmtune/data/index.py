@@ -48,13 +48,16 @@ def index_file(path: str, name: str) -> RowIndex:
     """
     ending = os.path.splitext(path)[1].lower()
     if ending not in (".json", ".jsonl"):
-        raise DataError(f"a source ends in {ending or 'nothing'}", where=name, expected=".jsonl or .json")
+        ends = f"ends in {ending}" if ending else "has no ending"
+        raise DataError(f"the source {path} {ends}", where=name, expected="a .jsonl or .json file")
     try:
         with open(path, "rb") as stream:
             start = _skip_bom(stream, name)
             digest = hashlib.blake2b(digest_size=16)
             blocks = _blocks(stream, digest)
             index = _lines(blocks, start, digest) if ending == ".jsonl" else _elements(blocks, start, digest, name)
+            if ending == ".jsonl" and len(index.starts):
+                _refuse_list(stream, int(index.starts[0]), name)
     except OSError as error:
         raise DataError(
             f"the source {path} cannot be read ({error.strerror or error})",
@@ -64,6 +67,18 @@ def index_file(path: str, name: str) -> RowIndex:
     if not len(index.starts):
         raise DataError("the file holds no rows", where=name, remedy="Take it out of the sources, or fill it.")
     return index
+
+
+def _refuse_list(stream: BinaryIO, first: int, name: str) -> None:
+    """A whole JSON list under the name .jsonl would give one broken row per line."""
+    stream.seek(first)
+    if stream.read(16).lstrip(_SPACE)[:1] == b"[":
+        raise DataError(
+            "the file begins with a list, [",
+            where=name,
+            expected="one row, { … }, per line",
+            remedy="If the whole file is one list of rows, name it .json.",
+        )
 
 
 def _skip_bom(stream: BinaryIO, name: str) -> int:

@@ -16,7 +16,7 @@ from vlmtune.data.encode import encode
 from vlmtune.data.packing import Plan
 from vlmtune.data.sample import IGNORED, Batch, Encoded
 from vlmtune.data.sources import Corpus
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import DataError, VlmtuneError
 from vlmtune.models.family import OpenedFolder
 
 
@@ -73,14 +73,22 @@ class MicroBatches(Dataset[Batch | Failed]):
     def _batch(self, i: int) -> Batch:
         if not 0 <= i < len(self):
             raise IndexError(f"micro batch {i} of {len(self)}")
-        encoded = [
-            encode(self.corpus.sample(row), self.opened, max_image_pixels=self.max_image_pixels)
-            for row in self.plan.rows(i)
-        ]
+        encoded = [self._encoded(row) for row in self.plan.rows(i)]
         if not encoded:
             encoded = [self._nothing()]
         rows = [encoded] if self.packed else [[sample] for sample in encoded]
         return collate(rows, self.opened, max_image_pixels=self.max_image_pixels, stand_in=self.stand_in)
+
+    def _encoded(self, row: int) -> Encoded:
+        encoded = encode(self.corpus.sample(row), self.opened, max_image_pixels=self.max_image_pixels)
+        planned = int(self.plan.num_tokens[row])
+        if encoded.num_tokens != planned:
+            raise DataError(
+                f"the row has {encoded.num_tokens:,} tokens now, and had {planned:,} when the run was planned",
+                where=encoded.origin,
+                remedy="Its file or a picture changed. Do not change the data during a run.",
+            )
+        return encoded
 
     def _nothing(self) -> Encoded:
         """The smallest row, without anything to learn: it lets a rank without rows take part in the step."""

@@ -38,6 +38,11 @@ class Plan(Protocol):
         """N, a multiple of the number of processes."""
         ...
 
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """int32 (n,): the length of every row of the corpus as it was planned."""
+        ...
+
     def rows(self, i: int) -> tuple[int, ...]:
         """Row numbers of micro batch `i`; () for one that only levels the ranks."""
         ...
@@ -244,6 +249,7 @@ class EvalPlan:
     """Each row once, the longest first, so that a lack of memory shows at once. A step is one turn of all ranks."""
 
     batches: list[tuple[int, ...]]
+    num_tokens: np.ndarray
     world: int
     digest: str
 
@@ -290,4 +296,4 @@ def make_eval_plan(measured: Measured, corpus: Corpus, config: RunConfig, *, wor
     batches = [tuple(rows[group].tolist()) for group in groups]
     batches += [()] * (-len(batches) % world)
     digest = hashlib.blake2b(rows.tobytes() + measured.num_tokens.tobytes(), digest_size=16).hexdigest()
-    return EvalPlan(batches=batches, world=world, digest=digest)
+    return EvalPlan(batches=batches, num_tokens=measured.num_tokens, world=world, digest=digest)

@@ -104,6 +104,15 @@ def test_a_damaged_picture_is_named_whole_from_a_worker(tmp_path: Path, opened: 
     assert caught.value.remedy == "The file is damaged; replace it or take the row out."
 
 
+def test_a_row_that_changed_since_the_plan_is_an_error(tmp_path: Path, opened: OpenedFolder) -> None:
+    batches = micro_batches(tmp_path, opened)
+    PIL.Image.new("RGB", (320, 32)).save(tmp_path / "5.jpg")
+    with pytest.raises(
+        DataError, match=r"^a\.jsonl:6: the row has \d+ tokens now, and had \d+ when the run was planned"
+    ):
+        loaded(batches, 0)
+
+
 def test_unwrap() -> None:
     error = DataError("odd", where="a.jsonl:1")
     with pytest.raises(DataError) as caught:

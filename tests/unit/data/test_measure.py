@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vlmtune.config.schema import SourceConfig
 from vlmtune.data.encode import encode
 from vlmtune.data.measure import Measured, measure
 from vlmtune.data.sources import Corpus, open_corpus
+from vlmtune.errors import VlmtuneError
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import open_folder
 
@@ -72,6 +74,12 @@ def test_processes_find_what_one_process_finds(corpus: Corpus, opened: OpenedFol
     for name in ("num_tokens", "num_trained", "num_images", "id_hash", "answer_hash", "smallest_side"):
         assert np.array_equal(one.__getattribute__(name), three.__getattribute__(name)), name
     assert one.bad == three.bad and one.unknown_keys == three.unknown_keys
+
+
+def test_a_killed_process_is_said(corpus: Corpus, opened: OpenedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmtune.data.measure._Job.__call__", lambda job, rows: os._exit(9))
+    with pytest.raises(VlmtuneError, match=r"a process that reads rows was killed .*data\.workers"):
+        run(corpus, opened, workers=2)
 
 
 def test_decode_finds_what_a_header_hides(corpus: Corpus, opened: OpenedFolder, tmp_path: Path) -> None:

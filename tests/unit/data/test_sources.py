@@ -70,7 +70,9 @@ def test_json_list_equals_json_loads_for_any_blocks(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    lines=st.lists(st.one_of(json_values, st.sampled_from(["", "  ", "\t"])), min_size=1, max_size=12),
+    lines=st.lists(
+        st.one_of(st.fixed_dictionaries({"v": json_values}), st.sampled_from(["", "  ", "\t"])), min_size=1, max_size=12
+    ),
     newline=st.sampled_from(["\n", "\r\n"]),
     last=st.booleans(),
     block=st.integers(4, 60),
@@ -175,6 +177,8 @@ def test_jsonl_lines(tmp_path: Path) -> None:
         corpus.row(1)
     with pytest.raises(DataError, match=r"^a\.jsonl:5: the row is a list; expected an object"):
         corpus.sample(2)
+    with pytest.raises(DataError, match=r"begins with a list.*name it \.json\.$"):
+        open_one(path, ' [\n{"id": 1},\n{"id": 2}\n]')
     with pytest.raises(DataError, match="holds no rows"):
         open_one(path, "\n \n")
 
@@ -182,7 +186,7 @@ def test_jsonl_lines(tmp_path: Path) -> None:
 def test_missing_files_and_other_endings(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^x\.jsonl: the source .*x\.jsonl cannot be read \(No such file"):
         open_corpus([SourceConfig(path=str(tmp_path / "x.jsonl"))])
-    with pytest.raises(DataError, match=r"a source ends in \.csv; expected \.jsonl or \.json"):
+    with pytest.raises(DataError, match=r"x\.csv ends in \.csv; expected a \.jsonl or \.json file"):
         open_corpus([SourceConfig(path=str(tmp_path / "x.csv"))])
     with pytest.raises(DataError, match=r"media root .* is not a folder"):
         open_one(tmp_path / "a.jsonl", "{}", root=str(tmp_path / "nowhere"))
