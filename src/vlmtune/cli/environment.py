@@ -49,6 +49,8 @@ def prepare(*, offline: bool, debug: bool) -> None:
         warnings.filterwarnings("ignore", module=rf"({_NOISY})(\.|$)")
         for name in _NOISY.split("|"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # DeepSpeed sets its level when it is imported, which is later; a filter stays.
+        logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     _log_to_stderr(debug)
     if rank() > 0:
         progress.mute()
@@ -65,6 +67,8 @@ def allow_network(model: str) -> None:
     """
     if _offline_by_default and _HUB_ID.fullmatch(model) and not Path(model).exists():
         os.environ.pop("HF_HUB_OFFLINE", None)
+        # Gigabytes are on their way: let that be seen.
+        os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
 
 
 def rank() -> int:
