@@ -55,7 +55,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(10):
         pictures = [f"{i}.png", "0.png", "1.png"][: i % 3]
         turns = [
-            {"from": "human", "value": "<image>\n" * len(pictures) + "Which digit is this?"},
+            {"from": "human", "value": "<image>\n" * len(pictures) + f"Which digit is this ({i})?"},
             {"from": "gpt", "value": f"It is a {i}."},
         ]
         if i % 2:

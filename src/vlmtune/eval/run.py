@@ -83,8 +83,7 @@ def evaluate(session: Session, corpus: Corpus, settings: EvalSettings) -> EvalRe
     """Loss and generated answers of the model on the rows.
 
     Raises:
-        DataError: a bad row, or a row longer than max_length when such rows are refused.
-        UsageError: there are no rows.
+        DataError: a bad row, a row longer than max_length when such rows are refused, or no row that is short enough.
     """
     began = time.perf_counter()
     summed, trained, dropped = 0.0, 0, 0

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from vlmtune.data.sample import Part, Sample, Text
 from vlmtune.data.sources import Corpus
-from vlmtune.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +44,8 @@ def tasks(corpus: Corpus, limit: int | None = None) -> Iterator[Task]:
 
     Raises:
         DataError: a bad row, at the moment when its turn comes.
-        UsageError: there are no rows.
     """
-    count = num_tasks(corpus, limit)
-    if not count:
-        raise UsageError("the eval sources hold no rows")
-    return (to_task(corpus.sample(i)) for i in range(count))
+    return (to_task(corpus.sample(i)) for i in range(num_tasks(corpus, limit)))
 
 
 def num_tasks(corpus: Corpus, limit: int | None = None) -> int:
