@@ -83,7 +83,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["trian"], "error: there is no verb 'trian'. Did you mean train?"),
         (["frobnicate"], "error: there is no verb 'frobnicate'. `vlmtune --help` lists them."),
-        (["check"], "error: vlmtune check: the following arguments are required: RUN.yaml"),
+        (["check"], "error: vlmtune check: the following arguments are required: RUN.yaml. `vlmtune check --help`"),
         (
             ["check", "a.yaml", "--nubmer", "3"],
             "error: vlmtune check: does not know the argument '--nubmer'. Did you mean --number?",

@@ -127,10 +127,17 @@ def _parse(name: str, verb: Verb, argv: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     verb.add_arguments(parser)
+    for action in parser._actions:
+        # Python 3.11 counts a positional that may be empty among those that are missing.
+        action.required = action.required and action.nargs != argparse.ZERO_OR_MORE
     parser.add_argument("--offline", action="store_true", help="never use the network, even if the model is a hub id")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the messages of all libraries")
-    # Overrides may stand on either side of an option: `train run.yaml --x train.epochs=3`.
-    args, unknown = parser.parse_known_intermixed_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if "overrides" in vars(args):
+        # argparse takes positionals up to the first option; overrides may stand behind it as well.
+        late = [argument for argument in unknown if not argument.startswith("-")]
+        args.overrides = [*(args.overrides or ()), *late]
+        unknown = [argument for argument in unknown if argument.startswith("-")]
     if unknown:
         raise _unknown_argument(parser, unknown[0])
     return args
