@@ -15,6 +15,9 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+_SHORT = 40  # characters
+_REMEMBERED = 10_000  # runs
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -62,6 +65,8 @@ class TextEncoder:
         # `encode_special_tokens` makes special strings in the text plain text; it is not part of the JSON.
         self._first = _plain(Tokenizer.from_str(self._json))
         self._later = _plain(Tokenizer.from_str(_without_first_space(self._json)))
+        self._known_atoms: dict[str, list[tuple[str, _Special | None]]] = {}
+        self._known_runs: dict[tuple[str, bool], list[int]] = {}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._pattern = (
             re.compile("(" + "|".join(re.escape(text) for text in longest_first) + ")") if longest_first else None
@@ -86,11 +91,13 @@ class TextEncoder:
 
         def close_run(eats_left: bool) -> None:
             nonlocal eat_left
-            text, flags = _join(run, strip_start=eat_left, strip_end=eats_left)
+            pieces = _trimmed(run, start=eat_left, end=eats_left)
             run.clear()
             eat_left = False
-            if text:
-                self._encode_run(text, flags, first=at_start and not ids, ids=ids, trained=trained)
+            if pieces:
+                new_ids, new_trained = self._encode_run(pieces, first=at_start and not ids)
+                ids.extend(new_ids)
+                trained.extend(new_trained)
 
         for segment in segments:
             if run and segment.trained and not run[-1][1]:
@@ -110,35 +117,47 @@ class TextEncoder:
     def _atoms(self, segment: Segment) -> list[tuple[str, _Special | None]]:
         if not segment.template or self._pattern is None:
             return [(segment.text, None)] if segment.text else []
-        parts = self._pattern.split(segment.text)
-        return [(part, self._special[part] if number % 2 else None) for number, part in enumerate(parts) if part]
+        if segment.text not in self._known_atoms:
+            parts = self._pattern.split(segment.text)
+            atoms = [(part, self._special[part] if number % 2 else None) for number, part in enumerate(parts) if part]
+            self._known_atoms[segment.text] = atoms
+        return self._known_atoms[segment.text]
 
-    def _encode_run(self, text: str, flags: np.ndarray, *, first: bool, ids: list[int], trained: list[bool]) -> None:
-        tokenizer = self._first if first else self._later
-        encoding = tokenizer.encode(text, add_special_tokens=False)
-        ids.extend(encoding.ids)
-        if flags.all() or not flags.any():
-            trained.extend([bool(flags[0])] * len(encoding.ids))
-            return
-        for start, end in encoding.offsets:
-            if end > start:
-                trained.append(bool(flags[start:end].any()))
-            else:  # a token without characters (a prepended space) goes with the character that it stands before
-                trained.append(bool(flags[min(start, len(flags) - 1)]))
+    def _encode_run(self, pieces: list[tuple[str, bool]], *, first: bool) -> tuple[Sequence[int], list[bool]]:
+        text = "".join(piece for piece, _ in pieces)
+        flags = {flag for _, flag in pieces}
+        if len(flags) == 1:
+            ids = self._ids(text, first)
+            return ids, list(flags) * len(ids)
+        per_character = np.repeat([flag for _, flag in pieces], [len(piece) for piece, _ in pieces])
+        encoding = (self._first if first else self._later).encode(text, add_special_tokens=False)
+        # A token without characters (a prepended space) goes with the character that it stands before.
+        spans = [(start, max(end, start + 1)) for start, end in encoding.offsets]
+        return encoding.ids, [bool(per_character[start:end].any()) for start, end in spans]
+
+    def _ids(self, text: str, first: bool) -> Sequence[int]:
+        """The ids of a run; those of short ones, which come again in every row, are remembered."""
+        known = self._known_runs.get((text, first))
+        if known is not None:
+            return known
+        ids: list[int] = (self._first if first else self._later).encode(text, add_special_tokens=False).ids
+        if len(text) <= _SHORT and len(self._known_runs) < _REMEMBERED:
+            self._known_runs[text, first] = ids
+        return ids
 
 
-def _join(run: list[tuple[str, bool]], *, strip_start: bool, strip_end: bool) -> tuple[str, np.ndarray]:
-    """The run's text and a flag per character, without the whitespace that neighbouring special tokens swallow."""
-    text = "".join(piece for piece, _ in run)
-    flags = np.repeat(np.array([flag for _, flag in run], dtype=bool), [len(piece) for piece, _ in run])
-    if strip_start:
-        kept = text.lstrip()
-        flags = flags[len(text) - len(kept) :]
-        text = kept
-    if strip_end:
-        text = text.rstrip()
-        flags = flags[: len(text)]
-    return text, flags
+def _trimmed(run: list[tuple[str, bool]], *, start: bool, end: bool) -> list[tuple[str, bool]]:
+    """The run without the whitespace that neighbouring special tokens swallow."""
+    pieces = list(run)
+    while start and pieces:
+        kept = pieces[0][0].lstrip()
+        pieces[:1] = [(kept, pieces[0][1])] if kept else []
+        start = not kept
+    while end and pieces:
+        kept = pieces[-1][0].rstrip()
+        pieces[-1:] = [(kept, pieces[-1][1])] if kept else []
+        end = not kept
+    return pieces
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
