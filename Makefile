@@ -33,7 +33,7 @@ format: $(VENV)/installed-dev ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/installed-dev ## the measurements of docs/performance.md
+bench: $(VENV)/installed-bench ## the measurements of docs/performance.md
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/train.py
 
@@ -52,6 +52,10 @@ $(VENV)/torch: constraints.txt
 $(VENV)/installed: $(VENV)/torch pyproject.toml
 	$(PIP) install -c constraints.txt -e .
 	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/torch pyproject.toml
+	$(PIP) install -c constraints.txt -e '.[bench]'
+	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-dev: $(VENV)/torch pyproject.toml
 	$(PIP) install -c constraints.txt -e '.[dev]'
