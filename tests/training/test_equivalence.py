@@ -24,7 +24,9 @@ from vlmtune.train.run import train
 KINDS = ["internvl", "llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
 
 
-def _trained(folder: Path, model: Path, rows: Path, **sections: Mapping[str, Any]) -> tuple[list[float], dict[str, Any]]:
+def _trained(
+    folder: Path, model: Path, rows: Path, **sections: Mapping[str, Any]
+) -> tuple[list[float], dict[str, Any]]:
     result = train(make_config(folder, model, rows, **sections))
     (weights,) = result.best.glob("*model.safetensors")
     return [loss for _, loss in losses(result.run_dir)], load_file(weights)

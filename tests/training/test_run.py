@@ -35,7 +35,13 @@ def test_full_run_leaves_a_plain_transformers_folder(tmp_path: Path, model: Path
     assert "learning rate" in text and "global batch size" in text and str(result.best) in text
 
     kept = {path.name for path in result.best.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "chat_template.jinja"} < kept
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+    } < kept
     assert {"generation_config.json", "run.yaml", "provenance.json", "manifest.json", "optimizer.pt"} < kept
     assert not [name for name in kept if name.endswith(".bin")]
 
@@ -94,7 +100,9 @@ def test_full_changes_its_component_only(tmp_path: Path, model: Path, rows: Path
     before, after = (load_file(folder / "model.safetensors") for folder in (model, result.best))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     words = {"vision": "vision_tower", "projector": "multi_modal_projector", "language": "language_model"}
-    assert changed and all(words[component] in name or (component, name) == ("language", "lm_head.weight") for name in changed)
+    assert changed and all(
+        words[component] in name or (component, name) == ("language", "lm_head.weight") for name in changed
+    )
 
 
 def test_head_that_is_tied_is_refused(tmp_path: Path, model: Path, rows: Path) -> None:
@@ -147,7 +155,9 @@ def test_bad_rows_are_refused_before_the_start(tmp_path: Path, model: Path, rows
         ({"optim": "no_such_optimizer"}, "transformers refuses"),
     ],
 )
-def test_extra_arguments_are_checked(tmp_path: Path, model: Path, rows: Path, extra: dict[str, object], words: str) -> None:
+def test_extra_arguments_are_checked(
+    tmp_path: Path, model: Path, rows: Path, extra: dict[str, object], words: str
+) -> None:
     with pytest.raises(ConfigError, match=words):
         train(make_config(tmp_path, model, rows, train={"extra": extra}))
 

@@ -97,7 +97,7 @@ def start(num: int, arguments: Sequence[str], entry: Sequence[str] = _ENTRY) -> 
         outputs: list[IO[bytes] | None] = []
         for rank in range(num):
             # Closed with the process; a handle that outlives this block would keep the folder's disk space.
-            output = open(os.path.join(folder, str(rank)), "w+b") if rank else None  # noqa: SIM115
+            output: IO[bytes] | None = open(os.path.join(folder, str(rank)), "w+b") if rank else None  # noqa: SIM115
             variables = {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),

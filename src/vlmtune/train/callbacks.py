@@ -14,7 +14,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from vlmtune.config.schema import TrainConfig
 from vlmtune.progress import track
 
-
 _SECONDS_OF_ONE_SIGNAL = 1.0
 
 

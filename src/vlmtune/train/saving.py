@@ -34,12 +34,12 @@ class SealedCheckpoints(Trainer):
         lines = [line for line in self.state.log_history if "eval_loss" in line]
         return [Evaluated(int(line["step"]), line["eval_loss"]) for line in lines]
 
-    def refuse_broken_loss(self, loss: torch.Tensor) -> None:
+    def refuse_broken_loss(self, loss: torch.Tensor, step: int) -> None:
         """Raises `TrainingError` on every rank when the loss of any rank is not finite."""
         if not torch.isfinite(self.accelerator.gather(loss.detach().reshape(1)).sum()):
             raise TrainingError(
                 "the loss is not a finite number any more",
-                where=f"step {self.state.global_step + 1}",
+                where=f"step {step}",
                 remedy="Lower the learning rate or lengthen the warm-up; earlier checkpoints are untouched.",
             )
 
@@ -47,7 +47,7 @@ class SealedCheckpoints(Trainer):
         """Writes, seals and rotates; on failure removes what was begun and raises `TrainingError`."""
         del model, trial
         folder = checkpoint.folder_of(self.run_dir, self.state.global_step)
-        self.refuse_broken_loss(self._tr_loss)
+        self.refuse_broken_loss(self._tr_loss, self.state.global_step)
         if self.args.should_save:
             checkpoint.remove(folder)
         self.accelerator.wait_for_everyone()

@@ -199,7 +199,7 @@ class VlmTrainer(SealedCheckpoints):
 
     def _prove(self, loss: torch.Tensor) -> None:
         assert self._proof is not None
-        self.refuse_broken_loss(loss)
+        self.refuse_broken_loss(loss, self.state.global_step + 1)
         self._proof.end_step(self.args.device, self._largest_over_ranks)
         if not self._proof.pending:
             self._proof = None
@@ -262,7 +262,7 @@ class VlmTrainer(SealedCheckpoints):
 
     def _log_step(self, step: int, epoch: float, logs: Mapping[str, float]) -> None:
         if not math.isfinite(logs["loss"]):
-            self.refuse_broken_loss(torch.tensor(logs["loss"], device=self.args.device))
+            self.refuse_broken_loss(torch.tensor(logs["loss"], device=self.args.device), step)
         totals, self._totals = self._totals, StepTotals()
         speed = totals.tokens / totals.seconds if totals.seconds else 0.0
         line = {

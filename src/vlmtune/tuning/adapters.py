@@ -123,13 +123,19 @@ def _with_adapter(model: PreTrainedModel, opened: OpenedFolder, tuning: LoraTuni
             where="tuning.targets",
             remedy="Leave out `head`.",
         )
+    if tied and "language" in tuning.train:
+        raise ConfigError(
+            "the output head shares its weight with the input embeddings, and PEFT would train two copies of it",
+            where="tuning.train",
+            remedy="Train the language component by method: full, or by the adapter.",
+        )
     idle = never_trains(opened)
     config = LoraConfig(
         r=tuning.rank,
         lora_alpha=tuning.alpha if tuning.alpha is not None else 2 * tuning.rank,  # type: ignore[arg-type]
         lora_dropout=tuning.dropout,
         target_modules=target_regex(names),
-        modules_to_save=_modules_of(model, opened, tuning) or None,
+        modules_to_save=_modules_of(model, opened, tuning.train) or None,
         use_dora=tuning.method == "dora",
         use_rslora=tuning.method == "rslora",
     )
@@ -140,16 +146,35 @@ def _with_adapter(model: PreTrainedModel, opened: OpenedFolder, tuning: LoraTuni
     return wrapped
 
 
-def _modules_of(model: nn.Module, opened: OpenedFolder, tuning: LoraTuning) -> list[str]:
-    """Modules that hold the components trained in full beside the adapter; PEFT trains and saves a copy of each."""
-    existing = {name for name, _ in model.named_modules()}
+def _modules_of(model: nn.Module, opened: OpenedFolder, trained: Sequence[Component]) -> list[str]:
+    """Modules that hold the components trained in full beside the adapter; PEFT trains and saves a copy of each.
+
+    They are the largest ones that hold nothing else: a Qwen-VL tower has the projector inside, and a copy of the tower
+    beside a copy of the projector would leave one of the two without effect.
+    """
+    found = {component: False for component in trained}
     modules: list[str] = []
-    for component in tuning.train:
-        prefixes = _prefixes(opened.components, component)
-        if component == "language":
-            prefixes += opened.components.head
-        found = [prefix for prefix in prefixes if prefix in existing]
-        if not found:
-            raise ConfigError(f"this model has no {component}", where="tuning.train", remedy=f"Leave out {component}.")
-        modules += found
+
+    def visit(name: str, module: nn.Module) -> None:
+        names = [f"{name}.{inner}" if name else inner for inner, _ in module.named_parameters()]
+        held = {component_of(parameter, opened.components) for parameter in names}
+        if not held & set(trained):
+            return
+        if name and held <= set(trained) and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            modules.append(name)
+            found.update(dict.fromkeys(held, True))
+            return
+        for inner, _ in module.named_parameters(recurse=False):
+            if component_of(f"{name}.{inner}", opened.components) in trained:
+                raise ConfigError(
+                    f"{name}.{inner} stands in a module that is not trained as a whole, but PEFT saves whole ones only",
+                    where="tuning.train",
+                    remedy="Train all components of that module, or use method: full.",
+                )
+        for inner, child in module.named_children():
+            visit(f"{name}.{inner}" if name else inner, child)
+
+    visit("", model)
+    if absent := [component for component, seen in found.items() if not seen]:
+        raise ConfigError(f"this model has no {absent[0]}", where="tuning.train", remedy=f"Leave out {absent[0]}.")
     return modules
