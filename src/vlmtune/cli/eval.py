@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     for name in ("limit", "max_new_tokens", "batch_size"):
-        if (vars(args)[name] or 1) < 1:
-            raise UsageError(f"is {vars(args)[name]}", where=f"--{name.replace('_', '-')}", expected="1 or more")
+        value = vars(args)[name]
+        if value is not None and value < 1:
+            raise UsageError(f"is {value}", where=f"--{name.replace('_', '-')}", expected="1 or more")
     config = _config(args)
     model = args.model or (config.train.output_dir if config else args.target)
     assert model is not None  # load_config fills in output_dir
@@ -54,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     from vlmtune.config.schema import SourceConfig
     from vlmtune.data.sources import open_corpus
     from vlmtune.eval.run import evaluate, write_results
-    from vlmtune.infer.session import load
+    from vlmtune.infer.locate import locate
+    from vlmtune.infer.session import load_located
 
     if args.data:
         root = str(Path(args.root).absolute()) if args.root else None
@@ -63,7 +66,11 @@ def run(args: argparse.Namespace) -> int:
         assert config is not None
         sources = config.data.eval
     corpus = open_corpus(sources, allow=config.data.allow if config else ())
-    session = load(model, base=args.base, checkpoint=args.checkpoint, device=args.device, dtype=args.dtype)
+    located = locate(model, base=args.base, checkpoint=args.checkpoint)
+    if config:  # the YAML, with its overrides, says how pictures are cut: for the model before training as well
+        limit = config.data.max_image_pixels
+        located = replace(located, image=config.model.image, max_image_pixels=limit)
+    session = load_located(located, device=args.device, dtype=args.dtype)
     settings = _settings(args, config)
     result = evaluate(session, corpus, settings)
     out = Path(args.output) if args.output else _default_output(args, config)

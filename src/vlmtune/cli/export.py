@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty folder")
     parser.add_argument("--layout", default="native", help="naming scheme of the weights: native (transformers')")
     parser.add_argument("--checkpoint", default="best", help="of a run folder: best, last, or a step")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (the base's own)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (as they are: of the base, after full tuning of the checkpoint)",
+    )
     parser.add_argument("--base", metavar="DIR", help="the model under an adapter, if it has moved")
     parser.add_argument(
         "--verify", choices=("full", "none"), default="full",

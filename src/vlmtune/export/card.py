@@ -105,8 +105,10 @@ def _training(config: Mapping[str, Any]) -> list[str]:
         lines.append("- Training data: " + ", ".join(f"`{Path(str(source['path'])).name}`" for source in sources))
     train = config.get("train") or {}
     if train:
-        facts = (("epochs", "epochs"), ("global_batch_size", "rows per step"), ("learning_rate", "learning rate"))
+        length = "max_steps" if train.get("max_steps") else "epochs"
+        facts = ((length, length.removeprefix("max_")), ("global_batch_size", "rows per step"))
         told = [f"{train[key]} {label}" for key, label in facts if key in train]
+        told += [f"learning rate {train['learning_rate']}"] if "learning_rate" in train else []
         lines.append("- Training: " + ", ".join(told))
     return lines
 

@@ -104,7 +104,9 @@ def _adapter(folder: Path) -> dict[str, Any]:
     config: Mapping[str, Any] = PeftConfig.from_pretrained(str(folder)).to_dict()
     file = folder / "adapter_model.safetensors"
     infos = [info for info in read_header(file) if "lora_" in info.name] if file.is_file() else []
-    kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else str(config["peft_type"])
+    kind = config["peft_type"].value
+    if kind == "LORA":
+        kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
     return {
         "type": kind,
         "rank": config.get("r"),

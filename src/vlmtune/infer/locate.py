@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vlmtune.config.schema import ImageOptions
+from vlmtune.config.schema import FORMAT_VERSION, ImageOptions
 from vlmtune.errors import UsageError, WeightsError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -60,7 +60,7 @@ def locate(path: str | Path, *, base: str | Path | None = None, checkpoint: str 
     folder = _folder(path)
     if is_run_folder(folder):
         folder = _checkpoint(folder, checkpoint)
-    provenance = _read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    provenance = _provenance(folder)
     image, max_pixels = _picture_settings(provenance, folder)
     found = None
     if (folder / ADAPTER_CONFIG).is_file():
@@ -154,6 +154,22 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"holds a {type(value).__name__}", where=str(file), expected="a JSON object")
     return value
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    file = folder / PROVENANCE
+    if not file.is_file():
+        return {}
+    provenance = _read_json(file)
+    version = provenance.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise WeightsError(
+            f"the checkpoint has format {version}",
+            where=str(folder),
+            expected=f"format {FORMAT_VERSION}",
+            remedy="Open it with the version of vlmtune that wrote it (its number is in provenance.json).",
+        )
+    return provenance
 
 
 def _picture_settings(provenance: Mapping[str, Any], folder: Path) -> tuple[ImageOptions, int]:

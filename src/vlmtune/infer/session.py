@@ -197,7 +197,9 @@ def attach(model: PreTrainedModel, adapter: Path) -> Any:
         result = wrapped.load_adapter(str(adapter), "default")
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
-        raise WeightsError(f"the adapter does not load on its base ({first})", where=str(adapter), remedy=remedy) from error
+        raise WeightsError(
+            f"the adapter does not load on its base ({first})", where=str(adapter), remedy=remedy
+        ) from error
     if result.missing_keys or result.unexpected_keys:
         raise WeightsError(
             f"the adapter does not fit its base: {len(result.unexpected_keys)} of its tensors have no place there "

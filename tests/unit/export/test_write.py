@@ -41,9 +41,7 @@ def test_a_merged_adapter_has_the_logits_of_the_trained_model(
     result = export(adapter_folder(kind, "lora"), tmp_path / "out", device="cpu")
     assert [one.prompt for one in result.comparisons] == ["text prompt", "picture prompt"]
     trained, plain = load(adapter_folder(kind, "lora"), device="cpu"), load(result.out, device="cpu")
-    for before, after in zip(
-        trained.logits(verify.fixed_prompts()), plain.logits(verify.fixed_prompts()), strict=True
-    ):
+    for before, after in zip(trained.logits(verify.fixed_prompts()), plain.logits(verify.fixed_prompts()), strict=True):
         torch.testing.assert_close(after, before, atol=2e-5, rtol=0)
 
 
@@ -197,7 +195,11 @@ def test_an_unknown_layout_and_a_moved_base(adapter_folder: Callable[[str, str],
 
 @pytest.mark.parametrize(
     ("kind", "image"),
-    [("internvl", {"max_tiles": 2}), ("qwen2_5_vl", {"max_pixels": 56 * 56 * 2}), ("qwen2_5_vl", {"min_pixels": 100 * 100})],
+    [
+        ("internvl", {"max_tiles": 2}),
+        ("qwen2_5_vl", {"max_pixels": 56 * 56 * 2}),
+        ("qwen2_5_vl", {"min_pixels": 100 * 100}),
+    ],
 )
 def test_pictures_are_cut_as_in_training(
     kind: str, image: dict[str, int], tiny_folder: Callable[[str], Path], tmp_path: Path
@@ -221,6 +223,8 @@ def test_the_package_itself_can_be_called(tiny_folder: Callable[[str], Path], tm
 
 
 def test_importing_vlmtune_imports_neither_torch_nor_transformers() -> None:
-    code = "import sys, vlmtune; print({'torch', 'transformers', 'pydantic'} & set(sys.modules), callable(vlmtune.train))"
+    code = (
+        "import sys, vlmtune; print({'torch', 'transformers', 'pydantic'} & set(sys.modules), callable(vlmtune.train))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["set()", "True"]

@@ -110,6 +110,13 @@ def test_pictures_are_cut_as_in_training(tmp_path: Path) -> None:
     assert (found.image, found.max_image_pixels) == (ImageOptions(max_tiles=3), 1000)
 
 
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    (folder / "provenance.json").write_text(json.dumps({"format_version": 2}))
+    with pytest.raises(WeightsError, match="the checkpoint has format 2; expected format 1"):
+        locate(folder)
+
+
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "adapter", "x")
     (folder / "adapter_config.json").write_text("{")

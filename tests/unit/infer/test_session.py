@@ -32,9 +32,7 @@ def session(tiny_folder: Callable[[str], Path]) -> Session:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_left_padded_batch_equals_one_by_one(
-    kind: str, tiny_folder: Callable[[str], Path], rows_file: Path
-) -> None:
+def test_a_left_padded_batch_equals_one_by_one(kind: str, tiny_folder: Callable[[str], Path], rows_file: Path) -> None:
     session = load(tiny_folder(kind), device="cpu")
     samples = prompts(rows_file)
     alone = [session.generate([sample], 12)[0] for sample in samples]
@@ -154,7 +152,7 @@ def test_an_adapter_is_used(
 def test_an_adapter_of_another_model_is_refused(
     adapter_folder: Callable[[str, str], Path], tiny_folder: Callable[[str], Path]
 ) -> None:
-    with pytest.raises(WeightsError, match="the adapter does not (fit|load on) its base"):
+    with pytest.raises(WeightsError, match=r"the adapter does not (fit|load on) its base"):
         load(adapter_folder("internvl", "lora"), base=tiny_folder("qwen3_vl"), device="cpu")
 
 

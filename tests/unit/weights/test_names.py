@@ -41,9 +41,7 @@ def test_internvl_lies_on_disk_under_other_names(tiny_folder: Callable[[str], Pa
     assert table.module_of["language_model.model.norm.weight"] == "model.language_model.norm.weight"
 
 
-def test_a_folder_saved_under_parameter_names_is_understood(
-    tiny_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_folder_saved_under_parameter_names_is_understood(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     opened = open_folder(tiny_folder("internvl"))
     model = load_model(opened)
     model.save_pretrained(tmp_path, save_original_format=False)

@@ -11,7 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlmtune.errors import WeightsError
-from vlmtune.weights.shards import INDEX, SINGLE, Shards, TensorInfo, dtype_code, read_header, tensor_names, write_shards
+from vlmtune.weights.shards import (
+    INDEX,
+    SINGLE,
+    Shards,
+    TensorInfo,
+    dtype_code,
+    read_header,
+    tensor_names,
+    write_shards,
+)
 
 TENSORS = {
     "b.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
