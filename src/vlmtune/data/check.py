@@ -18,6 +18,7 @@ from vlmtune.config.schema import RunConfig, SourceConfig
 from vlmtune.data.measure import SMALL_SIDE, BadRow, Measured, measure, too_long
 from vlmtune.data.mixture import exact_count
 from vlmtune.data.packing import TrainPlan, plan_rows, refuse_repeat
+from vlmtune.data.sharing import resolve_packing
 from vlmtune.data.sources import Corpus, open_corpus
 from vlmtune.models.family import OpenedFolder
 
@@ -146,7 +147,7 @@ def check(config: RunConfig, opened: OpenedFolder, *, world: int = 1, decode: bo
     Raises:
         DataError: a source that cannot be opened. ConfigError: batch sizes that do not divide. Bad rows do not raise.
     """
-    packed = config.data.packing and opened.why_not_packed is None
+    packed, why_not_packed = resolve_packing(config, opened)
     train = _part(config.data.sources, config, opened, decode)
     evaluated = None
     if config.data.eval:
@@ -161,7 +162,7 @@ def check(config: RunConfig, opened: OpenedFolder, *, world: int = 1, decode: bo
         plan=plan,
         packed=packed,
         decoded=decode,
-        why_not_packed=opened.why_not_packed if config.data.packing else None,
+        why_not_packed=why_not_packed,
         max_length=config.data.max_length,
     )
     report.warnings = _warnings(report)

@@ -175,7 +175,9 @@ def summed_loss(session: Session, rows: Sequence[Encoded], max_length: int | Non
     Rows share a sequence where the model packs (up to `max_length` tokens, or one row if that is longer).
     """
     summed, trained = 0.0, 0
-    for pack in _packs(rows, max_length or 4096, packs=session.opened.why_not_packed is None):
+    opened = session.opened
+    size = min(max_length or 4096, opened.shared_length or 2**31)
+    for pack in _packs(rows, size, packs=opened.why_not_packed is None):
         batch = collate([pack], session.opened, max_image_pixels=session.located.max_image_pixels, stand_in=False)
         inputs = to_device(batch.inputs, session.device, session.dtype)
         # One row: the mask becomes positions, which every transformers model takes.

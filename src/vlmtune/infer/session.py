@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,8 +71,7 @@ class Session:
         answers = [""] * len(encoded)
         # Prompts of like length share a batch: padding is work for nothing.
         order = sorted(range(len(encoded)), key=lambda i: encoded[i].num_tokens)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in self._batches(order, encoded, batch_size, max_new_tokens):
             inputs = self.inputs([encoded[i] for i in rows])
             with torch.inference_mode():
                 ids = self._model.generate(**inputs, generation_config=self._settings(max_new_tokens))
@@ -80,6 +79,16 @@ class Session:
             for i, row in zip(rows, new.tolist(), strict=True):
                 answers[i] = self._text(row)
         return answers
+
+    def _batches(
+        self, order: Sequence[int], encoded: Sequence[Encoded], size: int, max_new_tokens: int
+    ) -> Iterator[Sequence[int]]:
+        """`order` cut into batches; rows that would change their neighbours (see `shared_length`) go alone."""
+        limit = self.opened.shared_length
+        alone = [i for i in order if limit is not None and encoded[i].num_tokens + max_new_tokens > limit]
+        together = [i for i in order if i not in set(alone)]
+        yield from (together[start : start + size] for start in range(0, len(together), size))
+        yield from ([i] for i in alone)
 
     def stream(self, sample: Sample, max_new_tokens: int = 256) -> Generator[str, None, None]:
         """The answer piece by piece while it is made. Closing the iterator stops the generation.

@@ -157,6 +157,13 @@ class Family(Protocol):
         """None if packed rows equal unpacked ones for this model, else the reason why it must pad."""
         ...
 
+    def shared_length(self, folder: ModelFolder) -> int | None:
+        """Most tokens that a row may have to share a pack or a padded batch with others; None if any may.
+
+        Models whose position scaling looks at the longest row of a batch change their neighbours beyond this length.
+        """
+        ...
+
     def lawful_zeros(self, folder: ModelFolder) -> str | None:
         """A regex over full names of parameters without gradient by construction (behind the feature layer)."""
         ...
@@ -174,3 +181,4 @@ class OpenedFolder:
     chat: ChatFormat
     components: Components
     why_not_packed: str | None
+    shared_length: int | None

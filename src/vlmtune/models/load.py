@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from vlmtune.models.text import TextEncoder
 from vlmtune.nn.attention import PACKED
 from vlmtune.weights import strict
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NOT_FETCHED = ["*.py", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]
 
 
@@ -50,11 +52,12 @@ def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
 def _fetch(name: str) -> Path:
     """Downloads a hub repository's safetensors and configuration; no code, no pickles."""
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
 
+    if not _HUB_ID.fullmatch(name):
+        raise WeightsError("there is no such folder", where=f"model.path: {name}", remedy="Correct the path.")
     try:
         return Path(huggingface_hub.snapshot_download(name, ignore_patterns=_NOT_FETCHED))
-    except (OSError, HFValidationError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise WeightsError(
             "there is no such folder, and it cannot be fetched as a hub id "
             f"({type(error).__name__}: {str(error).splitlines()[0][:160]})",
@@ -94,6 +97,7 @@ def open_folder(path: str | os.PathLike[str], image: ImageOptions | None = None)
         chat=family.chat(folder, tokenizer, text, spec),
         components=family.components(folder),
         why_not_packed=family.why_not_packed(folder),
+        shared_length=family.shared_length(folder),
     )
 
 

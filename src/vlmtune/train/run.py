@@ -16,6 +16,7 @@ from vlmtune.config.schema import RunConfig, SourceConfig
 from vlmtune.data.loader import MicroBatches
 from vlmtune.data.measure import measure
 from vlmtune.data.packing import Plan, TrainPlan, make_eval_plan, make_plan
+from vlmtune.data.sharing import resolve_packing
 from vlmtune.data.sources import Corpus, open_corpus
 from vlmtune.errors import Interrupted, TrainingError
 from vlmtune.files import write_atomic
@@ -127,9 +128,9 @@ def _lay_out(
     config: RunConfig, opened: OpenedFolder, processes: Processes, strategy: arguments.Strategy, tell: Say
 ) -> _Data:
     """Reads all rows, refuses bad ones, plans the run and prints its arithmetic."""
-    packed = config.data.packing and opened.why_not_packed is None
-    if config.data.packing and not packed:
-        tell(f"This model cannot pack: {opened.why_not_packed}. Rows are padded instead.")
+    packed, why_not_packed = resolve_packing(config, opened)
+    if why_not_packed:
+        tell(f"This model cannot pack: {why_not_packed}. Rows are padded instead.")
 
     def planned(sources: tuple[SourceConfig, ...], make: Callable[..., Any]) -> tuple[Corpus, Any]:
         corpus = open_corpus(sources, allow=config.data.allow)

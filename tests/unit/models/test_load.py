@@ -82,9 +82,11 @@ def test_broken_folders(folder: Path, change: Callable[[Path], None], message: s
         open_folder(folder)
 
 
-def test_a_name_that_is_no_folder_says_so() -> None:
-    with pytest.raises(WeightsError, match="no such folder"):
-        open_folder("nobody/nothing-of-that-name")
+@pytest.mark.parametrize("name", ["nobody/nothing-of-that-name", "/nowhere/at/all", "./here", "one"])
+def test_a_name_that_is_no_folder_says_so(name: str) -> None:
+    with pytest.raises(WeightsError, match=f"model.path: {name}: there is no such folder") as caught:
+        open_folder(name)
+    assert ("hub id" in str(caught.value)) == name.startswith("nobody")
 
 
 def test_no_remote_code_is_run(folder: Path, tmp_path: Path) -> None:

@@ -161,16 +161,16 @@ class AutoFamily:
         return {"mm_token_type_ids": types}
 
     def why_not_packed(self, folder: ModelFolder) -> str | None:
-        config = self.config(folder)
-        if config.model_type not in _PACKS:
-            return f"packing is not proven for the architecture {config.model_type!r}"
-        text = config.get_text_config()
+        model_type = self.config(folder).model_type
+        return None if model_type in _PACKS else f"packing is not proven for the architecture {model_type!r}"
+
+    def shared_length(self, folder: ModelFolder) -> int | None:
+        text = self.config(folder).get_text_config()
         rope = text.rope_parameters or {}
-        kind = rope.get("rope_type", "default")
-        if kind in ("dynamic", "longrope"):
-            # transformers takes the frequencies from the longest sample of the batch, so neighbours change each other.
-            return f"its {kind} position scaling depends on the longest row of a batch"
-        return None
+        if rope.get("rope_type") not in ("dynamic", "longrope"):
+            return None
+        # transformers takes the frequencies from the longest row of the batch once it is beyond this length.
+        return int(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
 
     def lawful_zeros(self, folder: ModelFolder) -> str | None:
         config = self.config(folder)
