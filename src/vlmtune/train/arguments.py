@@ -126,7 +126,7 @@ def build(
     train = config.train
     ours = _arguments(config, run_dir, num_steps, accumulation)
     if strategy.startswith("zero"):
-        compat.disable_deepspeed_shm_comm()
+        _join_deepspeed()
         ours["deepspeed"] = _deepspeed(int(strategy[-1]))
     elif strategy == "fsdp2":
         ours["fsdp"] = True
@@ -200,6 +200,14 @@ def _check_extra(extra: dict[str, Any], ours: dict[str, Any]) -> None:
 
 def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def _join_deepspeed() -> None:
+    """Makes DeepSpeed use the process group that exists already; ZeRO-3 asks for it while the model is loaded."""
+    import deepspeed
+
+    compat.disable_deepspeed_shm_comm()
+    deepspeed.init_distributed()
 
 
 def _deepspeed(stage: int) -> dict[str, Any]:

@@ -90,6 +90,10 @@ class SealedCheckpoints(Trainer):
         """Weights and config as plain transformers or PEFT writes them; no pickled arguments beside them."""
         if self.args.should_save:
             adapter = isinstance(self.model, PeftModel)
+            if not adapter and state_dict is not None:
+                # Gathered copies do not share memory any more, so `save_pretrained` would not see the tie.
+                tied = set(self.model.all_tied_weights_keys)
+                state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
             options = {"save_embedding_layers": False} if adapter else {}
             self.model.save_pretrained(output_dir, state_dict=state_dict, **options)
             if adapter:

@@ -104,7 +104,8 @@ class VlmTrainer(SealedCheckpoints):
         self.run_dir = Path(str(args.output_dir))
         bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self._stand_in = StandIn(bare)
-        self._proof = FirstStepProof(model, job.opened) if job.config.train.first_step_proof else None
+        self._to_prove = job.config.train.first_step_proof
+        self._proof: FirstStepProof | None = None
         self._totals = StepTotals()
         self._step_began = 0.0
         self._rates_of_step: dict[str, float] = {}
@@ -154,6 +155,9 @@ class VlmTrainer(SealedCheckpoints):
         self.stop_signal = int(gathered[:, 3].max()) or None
         self._totals.trained += trained
         self._totals.tokens += tokens
+        if self._to_prove and self._proof is None:
+            self._to_prove = False
+            self._proof = FirstStepProof(self.model, self.job.opened)  # FSDP has put its own parameters in place by now
         if self._proof is not None:
             unmoved = 1 if self.args.get_warmup_steps(self.state.max_steps) else 0  # the first warm-up step has rate 0
             self._proof.begin_step(pictures=pictures > 0, adapters_moved=self.state.global_step > unmoved)

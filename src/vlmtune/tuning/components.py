@@ -20,6 +20,9 @@ _PEFT_MARKS = re.compile(
     r"\.(?:base_layer|original_module|modules_to_save\.[^.]+|lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\.[^.]+)(?=\.|$)"
 )
 
+# Modules that FSDP's activation checkpointing and torch.compile put around others.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
 
 @dataclass(frozen=True, slots=True)
 class ComponentRow:
@@ -33,6 +36,8 @@ class ComponentRow:
 
 def native_name(parameter: str) -> str:
     """The name that the parameter, or the weight that an adapter sits on, has in the bare model."""
+    for wrapper in _WRAPPERS:
+        parameter = parameter.replace(wrapper, "")
     return _PEFT_MARKS.sub("", parameter.removeprefix(_PEFT_PREFIX))
 
 
