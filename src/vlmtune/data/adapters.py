@@ -56,8 +56,8 @@ def to_sample(row: object, *, origin: str, locate: Locate) -> Sample:
         pictures = _Pictures(_paths(row), locate)
         system = _system_of_row(row)
         messages = [*system, *(read(turn, i + 1, pictures) for i, turn in enumerate(turns))]
-        pictures.all_placed()
         _check_order(messages, first_number=1 - len(system))
+        pictures.all_placed()
     except DataError as error:
         error.where = error.where or origin
         raise
