@@ -44,6 +44,7 @@ class Merge:
     def __contains__(self, name: str) -> bool:
         return name in self.merged or name in self.replaced
 
+    @torch.no_grad()
     def apply(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor after the merge, in float32, of the same shape; `name` must be one that the merge changes."""
         if name in self.replaced:
@@ -63,6 +64,8 @@ class Merge:
 NOTHING = Merge({}, {})
 
 
+# Without autograd: its graphs keep large temporaries alive among small results, and the heap grows to the model's size.
+@torch.no_grad()
 def plan_merge(opened: OpenedFolder, adapter: Path, shards: Shards) -> Merge:
     """Read the adapter and find the base tensors that it changes.
 

@@ -74,6 +74,7 @@ class Expected:
     one_cast: Sequence[float]
 
 
+@torch.no_grad()
 def expect(source: Session, dtype: torch.dtype) -> Expected:
     """Ask the trained model, loaded in float32. Its adapter is merged and its weights are cast on the way: `source`
     must not be used afterwards.

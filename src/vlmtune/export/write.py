@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import secrets
 import shutil
 from collections.abc import Iterable
@@ -206,7 +207,8 @@ def _merge_whole(located: Located, dtype: torch.dtype, draft: Path) -> dict[str,
 def _compare(located: Located, draft: Path, result: ExportResult, device: str | None) -> list[verify.Comparison]:
     source = load_located(located, device=device, dtype="float32")
     expected = verify.expect(source, torch_dtype(result.dtype))  # type: ignore[arg-type]
-    del source  # the two models need not be in memory together
+    del source
+    gc.collect()  # the two models need not be in memory together, and PEFT's refer to themselves in circles
     # Without the options of the run: the folder must cut pictures as training did by its own files.
     written = Located(path=draft, image=ImageOptions(), max_image_pixels=located.max_image_pixels)
     comparisons = verify.compare(expected, load_located(written, device=device, dtype="float32"))

@@ -188,6 +188,7 @@ def load_located(located: Located, *, device: str | None = None, dtype: DtypeNam
     return Session(model.eval(), opened, located)
 
 
+@torch.no_grad()  # PEFT computes DoRA's norms while it lays the adapter; their graphs would hold copies of the weights
 def attach(model: PreTrainedModel, adapter: Path) -> Any:
     """The model under its adapter, for inference.
 

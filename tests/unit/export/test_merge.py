@@ -55,6 +55,18 @@ def test_the_order_of_the_tensors_does_not_matter(
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_no_base_weight_is_held(
+    method: str, tiny_folder: Callable[[str], Path], adapter_folder: Callable[[str, str], Path]
+) -> None:
+    """A stand-in is one number in memory, before a tensor's merge and after it."""
+    shards = Shards(tiny_folder("internvl"))
+    merge = plan_merge(open_folder(tiny_folder("internvl")), adapter_folder("internvl", method), shards)
+    for name, layer in merge.merged.items():
+        merge.apply(name, shards.read(name))
+        assert layer.get_base_layer().weight.untyped_storage().nbytes() == 4, name
+
+
 def test_a_16_bit_base_is_merged_in_float32(
     tmp_path: Path, tiny_folder: Callable[[str], Path], adapter_folder: Callable[[str, str], Path]
 ) -> None:
