@@ -40,6 +40,9 @@ bench: $(VENV)/installed-bench ## the measurements of docs/performance.md
 schema: $(VENV)/installed ## write the JSON schema of a run's YAML
 	$(BIN)/python -m vlmtune.config.schema_file > schema/run.schema.json
 
+docs: $(VENV)/installed ## write docs/configuration.md
+	$(BIN)/python -m vlmtune.config.reference > docs/configuration.md
+
 clean: ## remove the environment and the caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist
 

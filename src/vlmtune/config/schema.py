@@ -40,6 +40,7 @@ class ModelConfig(Section):
     path: PathText
     """Folder of the pretrained model (or a hub id, which needs the network)."""
     image: ImageOptions = ImageOptions()
+    """How pictures are cut."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of transformers."""
 
@@ -48,6 +49,7 @@ class FullTuning(Section):
     """Train whole components; those not named are frozen."""
 
     method: Literal["full"] = "full"
+    """All weights of the chosen components."""
     train: tuple[Component, ...] = COMPONENTS
     """Components that are trained in full."""
     learning_rates: dict[Component, Annotated[float, Field(gt=0)]] = {}
@@ -65,10 +67,13 @@ class LoraTuning(Section):
     """Train low-rank adapters through PEFT, and whole components beside them if named."""
 
     method: Literal["lora", "dora", "rslora"] = "lora"
+    """The kind of adapter."""
     rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the update; twice the rank when left out."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs that are dropped in training."""
     targets: tuple[str, ...] = ("language",)
     """Components (every Linear of their blocks), `head`, or suffixes of module names."""
     train: tuple[Component, ...] = ()
@@ -146,6 +151,7 @@ class TrainConfig(Section):
     output_dir: PathText | None = None
     """Run folder; `runs/<name of the YAML>` beside the YAML when left out."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the rows; parts of one are allowed."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
     global_batch_size: Annotated[int, Field(ge=1)] = 16
@@ -153,13 +159,17 @@ class TrainConfig(Section):
     micro_batch_size: Annotated[int, Field(ge=1)] = 1
     """Rows per device and forward pass; with packing a micro batch is one pack and this is not used."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
+    """Highest learning rate, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up: down to 0 along a cosine or a line, or constant."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the steps over which the learning rate rises."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decay of matrices; vectors (biases, norms) are never decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's running-average coefficients."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto is bfloat16 on a GPU that has it and float32 on a CPU."""
     activation_checkpointing: bool = False
@@ -167,6 +177,7 @@ class TrainConfig(Section):
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] | None = None
     """How several processes share the work; left out: single for one process, ddp for several."""
     seed: int = 0
+    """Decides the order of the rows and the first values of adapters."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation."""
     log_every: Annotated[int, Field(ge=1)] = 10
@@ -178,6 +189,7 @@ class TrainConfig(Section):
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Latest checkpoints that are kept beside the best one."""
     early_stopping: EarlyStopping | None = None
+    """Stop when the eval loss no longer falls; off when left out."""
     first_step_proof: bool = True
     """After the first step, require a finite, non-zero gradient in every trained tensor."""
     extra: dict[str, Any] = {}
