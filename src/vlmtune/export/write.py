@@ -82,7 +82,7 @@ def export(
         out: must not exist or be empty; its parent is where the folder is written first.
         layout: naming scheme of the weights; ``native`` is that of the base folder.
         checkpoint: of a run folder: ``best``, ``last``, or a step.
-        dtype: of the weights written; that of the base (full tuning: of the checkpoint) if left out.
+        dtype: of the weights written; that of the base if left out (full tuning keeps its checkpoints in float32).
         base: the model folder under an adapter, when it is not where the adapter says.
         verify: ``full`` compares the logits of the written folder with the trained model's; ``none`` does not.
         overwrite: replace `out` if it is an earlier export.
@@ -138,7 +138,8 @@ def _write(located: Located, draft: Path, dtype: DtypeName | None) -> ExportResu
     opened = open_folder(located.model_folder, located.image)
     source = Shards(located.model_folder)
     kept = _main_dtype(source)
-    name: str = dtype or kept
+    # A fully tuned checkpoint holds float32 master weights; people expect what they brought.
+    name: str = dtype or (located.base is None and located.provenance.get("base_dtype")) or kept
     result = ExportResult(out=draft, source=located.path, base=located.base, layout="native", dtype=name)
     _check_space(source, name, draft)
     merge = NOTHING
@@ -148,7 +149,7 @@ def _write(located: Located, draft: Path, dtype: DtypeName | None) -> ExportResu
         except NotStreamable as reason:
             result.whole_model = str(reason)
     if result.whole_model is None:
-        result.counts = _stream(source, merge, name if dtype else None, draft)
+        result.counts = _stream(source, merge, name if dtype or name != kept else None, draft)
     else:
         result.counts = _merge_whole(located, torch_dtype(name), draft)  # type: ignore[arg-type]
     files.copy_files([located.model_folder, located.path], draft)

@@ -185,6 +185,7 @@ def provenance(config: RunConfig, opened: OpenedFolder, *, strategy: str, world:
         "format_version": FORMAT_VERSION,
         "base": str(opened.folder.path),
         "base_sha256": fingerprint(opened.folder.path),
+        "base_dtype": opened.folder.config.get("dtype") or opened.folder.config.get("torch_dtype"),
         "config": config.model_dump(mode="json"),
         "strategy": strategy,
         "world": world,

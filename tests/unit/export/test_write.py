@@ -228,3 +228,16 @@ def test_importing_vlmtune_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["set()", "True"]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, torch.bfloat16), ("float32", torch.float32)])
+def test_a_fully_tuned_checkpoint_leaves_in_the_dtype_of_its_base(
+    asked: Any, expected: torch.dtype, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Full tuning keeps float32 master weights; a bfloat16 base should not come back twice as large."""
+    folder = shutil.copytree(tiny_folder("internvl"), tmp_path / "checkpoint")
+    provenance = {"config": {"model": {"path": "x"}}, "base_dtype": "bfloat16"}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    result = export(folder, tmp_path / "out", dtype=asked, device="cpu")
+    assert {tensor.dtype for tensor in load_file(result.out / "model.safetensors").values()} == {expected}
+    assert json.loads((result.out / "config.json").read_text())["dtype"] == str(expected).removeprefix("torch.")
