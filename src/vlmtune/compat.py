@@ -40,3 +40,12 @@ def disable_deepspeed_shm_comm() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def forget_unused_conversions(model: Any) -> None:
+    """Lets a model that was loaded under ZeRO-3 be saved under the names of its folder.
+
+    transformers 5.23: the ZeRO-3 loader keeps every renaming rule of the architecture, those that met no tensor included,
+    and `save_pretrained` reverses them all: InternVL's decoder is saved as `language_model.model.model.…`.
+    """
+    model._weight_conversions = [rule for rule in model._weight_conversions if rule.was_used()]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import state
 from accelerate.utils import DistributedType
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 def shard_on_cpu() -> None:
@@ -56,6 +57,7 @@ def main() -> None:
     run.VlmTrainer = Trainer  # type: ignore[misc]
     for case in cases:
         expected = case["wrapper"]
+        unset_hf_deepspeed_config()  # of the case before
         run.train(load_config(Path(case["config"])), say=lambda line: print(line, flush=True))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

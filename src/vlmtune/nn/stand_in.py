@@ -22,17 +22,20 @@ class StandIn:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model: Any = model  # `get_image_features` is not part of PreTrainedModel's own interface
         self._inputs: dict[str, torch.Tensor] | None = None
-        self._model.get_input_embeddings().register_forward_hook(self._add)
+        # In front of the decoder, where pictures are spliced in as well: ZeRO-3 wants the modules of all ranks to run in
+        # one order, backwards too. A hook on the embedding would put the tower's backward after the embedding's.
+        self._model.get_decoder().register_forward_pre_hook(self._add, with_kwargs=True)
 
     def set(self, inputs: dict[str, torch.Tensor] | None) -> None:
         """Pixel inputs as the model's forward takes them (one smallest picture), on the model's device; or None."""
         self._inputs = inputs
 
-    def _add(self, module: torch.nn.Module, args: Any, embeddings: torch.Tensor) -> torch.Tensor:
-        del module, args
+    def _add(self, module: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        del module
         if self._inputs is None:
-            return embeddings
+            return None
         features: Any = self._model.get_image_features(**self._inputs).pooler_output
         parts = features if isinstance(features, (list, tuple)) else (features,)
         zero = torch.stack([part.sum() for part in parts]).sum() * 0.0
-        return embeddings + zero.to(embeddings.dtype)
+        embeddings = inputs["inputs_embeds"]
+        return args, {**inputs, "inputs_embeds": embeddings + zero.to(embeddings.dtype)}

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from vlmtune.config.load import dump_config
 from vlmtune.config.schema import FORMAT_VERSION, RunConfig
 from vlmtune.errors import RunFolderError, WeightsError
@@ -143,13 +145,15 @@ def check_resumable(folder: Path, *, strategy: str, world: int) -> None:
         )
 
 
-def check_keys(folder: Path, opened: OpenedFolder) -> None:
+def check_keys(folder: Path, model: PreTrainedModel) -> None:
     """Checks that plain transformers would find every weight of the model in a saved folder, and no other.
+
+    Args:
+        model: `weights.names.skeleton` of the base folder.
 
     Raises:
         WeightsError: names keys that no parameter takes, or parameters that no key fills.
     """
-    model = names.skeleton(opened)
     saved = list(Shards(folder).infos)
     filled = names.name_table(model, saved)
     unknown = sorted(set(saved) - set(filled.module_of))

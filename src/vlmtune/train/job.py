@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from vlmtune.config.schema import Component, RunConfig
 from vlmtune.models.family import OpenedFolder
 from vlmtune.train.callbacks import Plan, StopSignal
@@ -18,6 +20,7 @@ class Job:
     rates: peak learning rate per component.
     say: prints a line for the user, on the first rank; does nothing on the others.
     provenance: written into every checkpoint.
+    skeleton: the model without weights, against which the keys of a full checkpoint are checked; None for adapters.
     """
 
     config: RunConfig
@@ -27,4 +30,5 @@ class Job:
     strategy: str
     provenance: Mapping[str, Any]
     say: Callable[[str], None]
+    skeleton: PreTrainedModel | None
     stop: StopSignal = field(default_factory=StopSignal)

@@ -30,6 +30,7 @@ from vlmtune.train.metrics import MetricsLog
 from vlmtune.train.processes import Processes
 from vlmtune.train.trainer import Job, VlmTrainer
 from vlmtune.tuning.components import learning_rates, report, table
+from vlmtune.weights import names
 
 Say = Callable[[str], None]
 
@@ -83,6 +84,8 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
         opened = open_folder(config.model.path, config.model.image)
         data = _lay_out(config, opened, processes, strategy, tell)
         resumed = _begin(run_dir, config, data, processes, strategy, tell)
+        # Made before DeepSpeed's settings exist: under ZeRO-3 they would spread it over all processes.
+        skeleton = names.skeleton(opened) if config.tuning.method == "full" else None
         args = arguments.build(
             config,
             run_dir=run_dir,
@@ -104,6 +107,7 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
                 config, opened, strategy=strategy, world=processes.world, threads=torch.get_num_threads()
             ),
             say=tell,
+            skeleton=skeleton,
             stop=stop,
         )
         trainer = VlmTrainer(model, args, job, train_dataset=data.train, eval_dataset=data.eval)

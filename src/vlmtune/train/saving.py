@@ -81,8 +81,8 @@ class SealedCheckpoints(Trainer):
         if self.args.should_save:
             self.state.save_to_json(str(folder / checkpoint.STATE_FILE))
             checkpoint.add_companions(folder, self.job.opened, self.job.config, self.job.provenance)
-            if self.job.config.tuning.method == "full" and not self._keys_checked:
-                checkpoint.check_keys(folder, self.job.opened)
+            if self.job.skeleton is not None and not self._keys_checked:
+                checkpoint.check_keys(folder, self.job.skeleton)
                 self._keys_checked = True
             checkpoint.seal(folder, strategy=self.job.strategy, world=self.accelerator.num_processes)
 

@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel
 
+from vlmtune import compat
 from vlmtune.config.schema import RunConfig
 from vlmtune.errors import WeightsError
 from vlmtune.models.family import OpenedFolder
@@ -35,6 +36,8 @@ def load(
     source = open_folder(resumed, config.model.image) if full and resumed is not None else opened
     model = load_model(source, dtype=torch.bfloat16 if half else torch.float32, attention=config.model.attention)
     _make_savable(model)
+    if partitioned:
+        compat.forget_unused_conversions(model)
     prepared = prepare(model, opened, config.tuning)
     if isinstance(prepared, PeftModel) and resumed is not None and not partitioned:
         _load_adapter(prepared, resumed)
