@@ -23,7 +23,7 @@ from vlmtune.errors import UsageError
 _DEFAULT_PORT = 29500
 _SECONDS_TO_SAVE = 300.0  # between a signal to stop and the end of patience
 _SECONDS_AFTER_A_DEATH = 10.0
-_ENTRY = ("-c", "from vlmtune.cli.main import entry; entry()")
+_ENTRY = ("-m", "vlmtune")
 
 
 def adopt_slurm(environ: MutableMapping[str, str] | None = None) -> None:

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from vlmtune.data.check import Part, Report, histogram, kinds, longest
 
-_EXAMPLES = 3  # bad rows shown of each kind
-_KINDS = 12
+_ALL = 200  # bad rows that are all shown; of more, a few of each kind
+_EXAMPLES = 3
 _BAR = 24  # characters of the longest bar
 
 
@@ -118,15 +118,13 @@ def _notes(report: Report) -> Iterator[RenderableType]:
 
 def _bad(report: Report) -> Iterator[RenderableType]:
     groups = kinds(report.bad)
-    for title, rows in groups[:_KINDS]:
-        yield Text(f"{len(rows):,} × {title}", "bold red")
-        for row in rows[:_EXAMPLES]:
+    shown = len(report.bad) if len(report.bad) <= _ALL else _EXAMPLES
+    for _, rows in groups:
+        yield Text("1 row:" if len(rows) == 1 else f"{len(rows):,} rows with the same kind of mistake:", "bold red")
+        for row in rows[:shown]:
             yield Padding(Text.assemble((row.origin, "bold"), f"  {row.reason}"), (0, 0, 0, 2))
-        if len(rows) > _EXAMPLES:
-            yield Padding(Text(f"… and {len(rows) - _EXAMPLES:,} more", "dim"), (0, 0, 0, 2))
-    if len(groups) > _KINDS:
-        rest = sum(len(rows) for _, rows in groups[_KINDS:])
-        yield Text(f"… and {rest:,} more bad rows of {len(groups) - _KINDS} other kinds", "dim")
+        if len(rows) > shown:
+            yield Padding(Text(f"… and {len(rows) - shown:,} more; --json FILE has them all", "dim"), (0, 0, 0, 2))
     if groups:
         yield Text()
 

@@ -105,7 +105,8 @@ def test_every_bad_row_is_listed_grouped_and_stops_the_run(folder: Path, opened:
     titles = {title: len(rows) for title, rows in kinds(report.bad)}
     assert titles["N <image> marks but N images"] == 5 and titles["the row has N tokens"] == 1
     text = shown(report)
-    assert "a.jsonl:3" in text and "a.jsonl:4" not in text and "… and 2 more" in text
+    assert all(f"a.jsonl:{i} " in text for i in (1, 2, 3, 4, 5, 6, 7, 8, 13))
+    assert "5 rows with the same kind of mistake" in text
     assert text.strip().endswith("9 bad rows: a run would refuse to start.")
 
 
@@ -212,3 +213,10 @@ def test_kinds_look_past_names_and_numbers(one: str, other: str) -> None:
     rows = [("data.sources", BadRow("a:1", reason, 0)) for reason in (one, other)]
     groups = kinds(rows)
     assert len(groups) == (2 if "c d" in other else 1), groups  # a name with a space is not recognised as a name
+
+
+def test_of_very_many_bad_rows_a_few_of_each_kind_are_shown(folder: Path, opened: OpenedFolder) -> None:
+    text = shown(report_on(folder, opened, [*[row(answer="") for _ in range(250)], row()]))
+    assert "250 rows with the same kind of mistake" in text
+    assert "a.jsonl:3 " in text and "a.jsonl:4 " not in text
+    assert "… and 247 more; --json FILE has them all" in text
