@@ -1,12 +1,15 @@
 """One rank of a distributed test: `entry.py CASES.json`, started by `launch.start`.
 
-CASES.json lists runs: {"config": run.yaml, "wrapper": what the model must be wrapped in}. They are trained one after
-the other in one process group, since a start costs ten times as much as a tiny run.
+CASES.json lists runs: {"config": run.yaml, "wrapper": what the model must be wrapped in, "stop_at": a step or 0}. They
+are trained one after the other in one process group, since a start costs ten times as much as a tiny run. At `stop_at`
+the last rank gets a SIGTERM; all ranks must stop together, and the run then goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,19 +35,29 @@ def shard_on_cpu() -> None:
     state.AcceleratorState.__init__ = init
 
 
+def tell(line: str) -> None:
+    print(line, flush=True)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     cases = json.loads(Path(sys.argv[1]).read_text())
     from vlmtune.config.load import load_config
+    from vlmtune.errors import Interrupted
     from vlmtune.train import arguments, run
     from vlmtune.train.trainer import VlmTrainer
 
     if any("FSDP" in case["wrapper"] for case in cases):
         shard_on_cpu()
         arguments.SHARDING_DEVICES |= {"cpu"}
-    expected = ""
+    expected, stop_at = "", 0
 
     class Trainer(VlmTrainer):
+        def get_batch_samples(self, *args: Any) -> Any:
+            if stop_at == self.state.global_step + 1 and self.accelerator.is_last_process:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().get_batch_samples(*args)
+
         def _prepare_for_training(self, *args: Any) -> Any:
             model, loader = super()._prepare_for_training(*args)
             wrapper = type(model).__name__
@@ -57,8 +70,18 @@ def main() -> None:
     run.VlmTrainer = Trainer  # type: ignore[misc]
     for case in cases:
         expected = case["wrapper"]
-        unset_hf_deepspeed_config()  # of the case before
-        run.train(load_config(Path(case["config"])), say=lambda line: print(line, flush=True))
+        config = load_config(Path(case["config"]))
+        if stop_at := case["stop_at"]:
+            unset_hf_deepspeed_config()  # of the case before
+            try:
+                run.train(config, say=tell)
+            except Interrupted as error:
+                assert error.exit_code == 143
+            else:
+                raise AssertionError("the signal did not stop the run")
+            stop_at = 0
+        unset_hf_deepspeed_config()
+        run.train(config, say=tell)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

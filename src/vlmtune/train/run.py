@@ -84,7 +84,8 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
         opened = open_folder(config.model.path, config.model.image)
         data = _lay_out(config, opened, processes, strategy, tell)
         resumed = _begin(run_dir, config, data, processes, strategy, tell)
-        # Made before DeepSpeed's settings exist: under ZeRO-3 they would spread it over all processes.
+        # Both made before DeepSpeed's settings exist, which under ZeRO-3 spread every new model over all processes.
+        source = weights.source(config, opened, resumed)
         skeleton = names.skeleton(opened) if config.tuning.method == "full" else None
         args = arguments.build(
             config,
@@ -94,7 +95,7 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
             strategy=strategy,
         )
         set_seed(config.train.seed)  # adapters begin alike on every rank
-        model = weights.load(config, opened, resumed, partitioned=strategy == "zero3")
+        model = weights.load(config, source, resumed, partitioned=strategy == "zero3")
         rates = learning_rates(config.train.learning_rate, config.tuning.learning_rates)
         tell(table(report(model, opened, rates)))
         job = Job(

@@ -20,8 +20,15 @@ from vlmtune.tuning.adapters import prepare
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
+def source(config: RunConfig, opened: OpenedFolder, resumed: Path | None) -> OpenedFolder:
+    """The folder that holds the whole model: the base, or the checkpoint of a full run that is gone on with."""
+    if resumed is None or config.tuning.method != "full":
+        return opened
+    return open_folder(resumed, config.model.image)
+
+
 def load(
-    config: RunConfig, opened: OpenedFolder, resumed: Path | None, *, partitioned: bool
+    config: RunConfig, source: OpenedFolder, resumed: Path | None, *, partitioned: bool
 ) -> PreTrainedModel | PeftModel:
     """The prepared model on the CPU, with the weights of `resumed` if there is one.
 
@@ -29,16 +36,16 @@ def load(
     the precision of the forward pass.
 
     Args:
+        source: see the function of this name; opened before DeepSpeed's settings exist.
         partitioned: ZeRO-3, where DeepSpeed reads the adapter of a checkpoint itself.
     """
     full = config.tuning.method == "full"
     half = not full and resolve_precision(config.train) == "bfloat16"
-    source = open_folder(resumed, config.model.image) if full and resumed is not None else opened
     model = load_model(source, dtype=torch.bfloat16 if half else torch.float32, attention=config.model.attention)
     _make_savable(model)
     if partitioned:
         compat.forget_unused_conversions(model)
-    prepared = prepare(model, opened, config.tuning)
+    prepared = prepare(model, source, config.tuning)
     if isinstance(prepared, PeftModel) and resumed is not None and not partitioned:
         _load_adapter(prepared, resumed)
     return prepared
