@@ -45,7 +45,7 @@ def disable_deepspeed_shm_comm() -> None:
 def forget_unused_conversions(model: Any) -> None:
     """Lets a model that was loaded under ZeRO-3 be saved under the names of its folder.
 
-    transformers 5.23: the ZeRO-3 loader keeps every renaming rule of the architecture, those that met no tensor included,
+    transformers 5.23: the ZeRO-3 loader keeps every renaming rule of the architecture, also those that met no tensor,
     and `save_pretrained` reverses them all: InternVL's decoder is saved as `language_model.model.model.…`.
     """
     model._weight_conversions = [rule for rule in model._weight_conversions if rule.was_used()]

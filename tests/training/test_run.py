@@ -7,14 +7,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from runs import eval_losses, losses, make_config
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForImageTextToText
 
+from vlmtune.config.schema import SourceConfig
+from vlmtune.data.collate import collate
+from vlmtune.data.encode import encode
+from vlmtune.data.sources import open_corpus
 from vlmtune.errors import ConfigError, DataError, RunFolderError
+from vlmtune.models.load import open_folder
 from vlmtune.train import checkpoint
 from vlmtune.train.run import train
 
@@ -92,6 +100,52 @@ def test_lora_saves_the_adapter_only(tmp_path: Path, tiny_folder: Callable[[str]
     assert all(tensor.dtype == torch.float32 for tensor in saved.values())
     assert not (result.best / "config.json").exists()
     assert json.loads((result.best / "adapter_config.json").read_text())["base_model_name_or_path"] == str(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tuning"),
+    [
+        ("internvl", {"method": "full"}),
+        ("llava", {"method": "dora", "rank": 2, "targets": ["language", "vision"]}),
+        # The projector of Qwen-VL lies inside the tower; both are trained beside the adapter.
+        ("qwen2_5_vl", {"method": "lora", "rank": 2, "train": ["vision", "projector"]}),
+        ("qwen3_vl", {"method": "rslora", "rank": 2, "targets": ["q_proj", "head"], "train": ["projector"]}),
+    ],
+)
+def test_checkpoint_alone_gives_the_eval_loss_of_the_run(
+    tmp_path: Path, tiny_folder: Callable[[str], Path], rows: Path, eval_rows: Path, kind: str, tuning: dict[str, Any]
+) -> None:
+    """Loaded by transformers and PEFT as they are, and the loss computed row by row with the model's own `labels=`."""
+    base = tiny_folder(kind)
+    result = train(make_config(tmp_path, base, rows, data={"eval": {"path": str(eval_rows)}}, tuning=tuning))
+    if tuning["method"] == "full":
+        model = AutoModelForImageTextToText.from_pretrained(result.best, dtype=torch.float32)
+    else:
+        bare = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(bare, result.best)
+    opened = open_folder(base)
+    corpus = open_corpus((SourceConfig(path=str(eval_rows)),), allow=())
+    total, tokens = 0.0, 0
+    for i in range(len(corpus)):
+        sample = encode(corpus.sample(i), opened, max_image_pixels=10**6)
+        inputs = dict(collate([[sample]], opened, max_image_pixels=10**6, stand_in=False).inputs)
+        del inputs["logits_to_keep"]
+        labels = torch.from_numpy(sample.labels.astype("int64"))[None]
+        with torch.no_grad():
+            mean = float(model.eval()(**inputs, labels=labels).loss)
+        total, tokens = total + mean * sample.num_trained, tokens + sample.num_trained
+    assert result.eval_loss == pytest.approx(total / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("tuning", [{"method": "full"}, {"method": "lora", "rank": 4}])
+def test_bfloat16_keeps_what_trains_in_float32(tmp_path: Path, model: Path, rows: Path, tuning: dict[str, Any]) -> None:
+    exact = train(make_config(tmp_path / "a", model, rows, tuning=tuning))
+    half = train(make_config(tmp_path / "b", model, rows, tuning=tuning, train={"precision": "bfloat16"}))
+    assert losses(exact.run_dir) != losses(half.run_dir)
+    for (_, one), (_, other) in zip(losses(exact.run_dir), losses(half.run_dir), strict=True):
+        assert one == pytest.approx(other, rel=2e-2)
+    (file,) = half.best.glob("*model.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("component", ["vision", "projector", "language"])

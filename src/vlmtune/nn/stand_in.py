@@ -22,8 +22,8 @@ class StandIn:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model: Any = model  # `get_image_features` is not part of PreTrainedModel's own interface
         self._inputs: dict[str, torch.Tensor] | None = None
-        # In front of the decoder, where pictures are spliced in as well: ZeRO-3 wants the modules of all ranks to run in
-        # one order, backwards too. A hook on the embedding would put the tower's backward after the embedding's.
+        # In front of the decoder, where pictures are spliced in as well: ZeRO-3 wants the modules of all ranks to run
+        # in one order, backwards too. A hook on the embedding would put the tower's backward after the embedding's.
         self._model.get_decoder().register_forward_pre_hook(self._add, with_kwargs=True)
 
     def set(self, inputs: dict[str, torch.Tensor] | None) -> None:

@@ -13,7 +13,7 @@ from vlmtune.models.family import OpenedFolder
 from vlmtune.train.callbacks import Plan, StopSignal
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """The run as the trainer sees it.
 

@@ -98,19 +98,10 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
         model = weights.load(config, source, resumed, partitioned=strategy == "zero3")
         rates = learning_rates(config.train.learning_rate, config.tuning.learning_rates)
         tell(table(report(model, opened, rates)))
-        job = Job(
-            config=config,
-            opened=opened,
-            plan=data.plan,
-            rates=rates,
-            strategy=strategy,
-            provenance=checkpoint.provenance(
-                config, opened, strategy=strategy, world=processes.world, threads=torch.get_num_threads()
-            ),
-            say=tell,
-            skeleton=skeleton,
-            stop=stop,
+        provenance = checkpoint.provenance(
+            config, opened, strategy=strategy, world=processes.world, threads=torch.get_num_threads()
         )
+        job = Job(config, opened, data.plan, rates, strategy, provenance, tell, skeleton, stop)
         trainer = VlmTrainer(model, args, job, train_dataset=data.train, eval_dataset=data.eval)
         arguments.check_wrapper(strategy, trainer.accelerator.distributed_type)
         summary = _run(trainer, run_dir, resumed, processes)
