@@ -14,6 +14,7 @@ from typing import Any
 from vlmtune.config.schema import FORMAT_VERSION, RunConfig
 from vlmtune.errors import RunFolderError
 from vlmtune.files import write_atomic
+from vlmtune.train import checkpoint
 
 LOCK_FILE = ".lock"
 IDENTITY_FILE = "identity.json"
@@ -74,6 +75,9 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def claim(run_dir: Path, config: RunConfig, data: Mapping[str, str] | None = None) -> None:
     """Makes the folder this run's, or checks that it is.
 
+    A folder without a whole checkpoint belongs to nobody: a run that failed before its first one left nothing behind
+    that a corrected start could spoil.
+
     Args:
         data: digests of the rows and of the plan, once they are known; without them only the configuration is compared,
             which needs no reading of data, and nothing is written.
@@ -83,7 +87,7 @@ def claim(run_dir: Path, config: RunConfig, data: Mapping[str, str] | None = Non
     """
     file = run_dir / IDENTITY_FILE
     ours: dict[str, Any] = {"format_version": FORMAT_VERSION, "keys": identity(config), "data": dict(data or {})}
-    if not file.exists():
+    if not file.exists() or not checkpoint.whole(run_dir):
         if data is not None:
             write_atomic(file, json.dumps(ours, indent=1, ensure_ascii=False))
         return

@@ -8,7 +8,7 @@ import pytest
 
 from vlmtune.config.schema import DataConfig, LoraTuning, ModelConfig, RunConfig, SourceConfig, TrainConfig
 from vlmtune.errors import RunFolderError
-from vlmtune.train import folder
+from vlmtune.train import checkpoint, folder
 
 
 def _config(*, rank: int = 16, workers: int = 2, **train: Any) -> RunConfig:
@@ -18,9 +18,17 @@ def _config(*, rank: int = 16, workers: int = 2, **train: Any) -> RunConfig:
     )
 
 
+def _claimed(run_dir: Path, digests: dict[str, str]) -> None:
+    """A run that has written its first checkpoint."""
+    folder.claim(run_dir, _config(), digests)
+    saved = checkpoint.folder_of(run_dir, 1)
+    saved.mkdir()
+    checkpoint.seal(saved, strategy="single", world=1)
+
+
 def test_same_run_is_recognised_and_free_keys_may_change(tmp_path: Path) -> None:
     digests = {"rows": "a", "plan": "b"}
-    folder.claim(tmp_path, _config(), digests)
+    _claimed(tmp_path, digests)
     folder.claim(tmp_path, _config())
     free = _config(
         workers=7, output_dir="/x", log_every=3, save_every=5, keep_checkpoints=9, strategy="ddp", micro_batch_size=2
@@ -38,16 +46,24 @@ def test_same_run_is_recognised_and_free_keys_may_change(tmp_path: Path) -> None
     ],
 )
 def test_another_run_is_refused_with_its_keys(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    folder.claim(tmp_path, _config(), {"rows": "a"})
+    _claimed(tmp_path, {"rows": "a"})
     with pytest.raises(RunFolderError) as caught:
         folder.claim(tmp_path, _config(**change))
     assert words in str(caught.value)
 
 
 def test_changed_data_is_refused(tmp_path: Path) -> None:
-    folder.claim(tmp_path, _config(), {"rows": "a", "plan": "b"})
+    _claimed(tmp_path, {"rows": "a", "plan": "b"})
     with pytest.raises(RunFolderError, match=r"plan \(changed\)"):
         folder.claim(tmp_path, _config(), {"rows": "a", "plan": "c"})
+
+
+def test_a_run_that_saved_nothing_may_be_corrected(tmp_path: Path) -> None:
+    folder.claim(tmp_path, _config(), {"rows": "a"})
+    checkpoint.folder_of(tmp_path, 1).mkdir()  # half written
+    folder.claim(tmp_path, _config(rank=8))
+    folder.claim(tmp_path, _config(rank=8), {"rows": "b"})
+    assert json.loads((tmp_path / "identity.json").read_text())["data"] == {"rows": "b"}
 
 
 def test_nothing_is_written_before_the_data_is_known(tmp_path: Path) -> None:
@@ -56,7 +72,7 @@ def test_nothing_is_written_before_the_data_is_known(tmp_path: Path) -> None:
 
 
 def test_folder_of_another_format_is_refused(tmp_path: Path) -> None:
-    folder.claim(tmp_path, _config(), {})
+    _claimed(tmp_path, {})
     file = tmp_path / "identity.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
     with pytest.raises(RunFolderError, match="has format 99"):
