@@ -30,11 +30,16 @@ def adopt_slurm(environ: MutableMapping[str, str] | None = None) -> None:
     """Translates the variables of srun into those of torch.distributed; does nothing outside of srun or under torchrun.
 
     Raises:
-        UsageError: SLURM_JOB_NODELIST cannot be read.
+        UsageError: a variable of SLURM's or torchrun's cannot be read, or they do not fit each other.
     """
     env = os.environ if environ is None else environ
-    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS", "1")) < 2:
+    if "RANK" in env:
+        _check_torchrun(env)
         return
+    if "SLURM_PROCID" not in env or _number(env, "SLURM_NTASKS", "1") < 2:
+        return
+    for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"):
+        _number(env, name, "0")
     env["RANK"] = env["SLURM_PROCID"]
     env["WORLD_SIZE"] = env["SLURM_NTASKS"]
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
@@ -42,6 +47,26 @@ def adopt_slurm(environ: MutableMapping[str, str] | None = None) -> None:
     env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_JOB_NODELIST", "localhost")))
     # Two jobs on one node must not meet; all processes of a job must find the same number.
     env.setdefault("MASTER_PORT", str(_DEFAULT_PORT + int(env.get("SLURM_JOB_ID", "0")) % 10000))
+
+
+def _check_torchrun(env: Mapping[str, str]) -> None:
+    """torch would answer a wrong variable with a traceback, or wait for processes that never come."""
+    rank, world = _number(env, "RANK", "0"), _number(env, "WORLD_SIZE", "1")
+    _number(env, "LOCAL_RANK", "0")
+    if rank >= world:
+        raise UsageError(f"is {rank} while WORLD_SIZE is {world}", where="RANK", expected="a number below WORLD_SIZE")
+
+
+def _number(env: Mapping[str, str], name: str, default: str) -> int:
+    value = env.get(name, default)
+    if not value.isdecimal():
+        raise UsageError(
+            f"is {value!r}",
+            where=name,
+            expected="a whole number, as the launcher sets it",
+            remedy="Unset it to start without that launcher.",
+        )
+    return int(value)
 
 
 def first_host(nodes: str) -> str:

@@ -41,12 +41,31 @@ def test_slurm_is_translated() -> None:
 
 
 @pytest.mark.parametrize(
-    "env", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "RANK": "0"}]
+    "env", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "RANK": "0", "WORLD_SIZE": "2"}]
 )
 def test_slurm_is_left_alone(env: dict[str, str]) -> None:
     before = dict(env)
     launch.adopt_slurm(env)
     assert env == before
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "abc"}, "SLURM_NTASKS"),
+        ({"SLURM_PROCID": "x", "SLURM_NTASKS": "2"}, "SLURM_PROCID"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7.batch"}, "SLURM_JOB_ID"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "[3"}, "SLURM_JOB_NODELIST"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "first"}, "LOCAL_RANK"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK"),
+        ({"RANK": "1"}, "RANK"),
+    ],
+)
+def test_variables_that_make_no_sense_are_named(env: dict[str, str], name: str) -> None:
+    with pytest.raises(UsageError, match=f"^{name}: "):
+        launch.adopt_slurm(env)
 
 
 def test_user_address_stands_above_slurm() -> None:
