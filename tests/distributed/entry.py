@@ -19,6 +19,8 @@ from accelerate import state
 from accelerate.utils import DistributedType
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from vlmtune import compat
+
 
 def shard_on_cpu() -> None:
     """Lets accelerate apply FSDP on a CPU; without this it silently trains DDP, which is why the product refuses."""
@@ -35,12 +37,25 @@ def shard_on_cpu() -> None:
     state.AcceleratorState.__init__ = init
 
 
+def watch_conversions() -> None:
+    """`compat.forget_unused_conversions` must find something to forget, else transformers' defect is gone."""
+    original = compat.forget_unused_conversions
+
+    def checked(model: Any) -> None:
+        before = len(model._weight_conversions)
+        original(model)
+        assert len(model._weight_conversions) < before, "the defect is gone: remove forget_unused_conversions"
+
+    compat.forget_unused_conversions = checked
+
+
 def tell(line: str) -> None:
     print(line, flush=True)
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    watch_conversions()
     cases = json.loads(Path(sys.argv[1]).read_text())
     from vlmtune.config.load import load_config
     from vlmtune.errors import Interrupted

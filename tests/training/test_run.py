@@ -159,6 +159,13 @@ def test_full_changes_its_component_only(tmp_path: Path, model: Path, rows: Path
     )
 
 
+def test_nothing_is_printed_without_a_reader(
+    tmp_path: Path, model: Path, rows: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(make_config(tmp_path, model, rows))
+    assert capfd.readouterr().out == ""
+
+
 def test_head_that_is_tied_is_refused(tmp_path: Path, model: Path, rows: Path) -> None:
     with pytest.raises(ConfigError, match="Leave out `head`"):
         train(make_config(tmp_path, model, rows, tuning={"method": "lora", "targets": ["language", "head"]}))
