@@ -1,8 +1,8 @@
 """Rows per second and peak memory of the pass over the data that `check` and `train` begin with.
 
-200,000 made-up LLaVA rows (one 640×480 JPEG out of a pool of 5,000 files, about 150 text tokens), each of which is read,
-adapted, tokenised with labels and counted from the picture's header; every row opens its file. Memory is the sum of PSS
-over the process tree at its peak, minus the same tree after its imports.
+200,000 made-up LLaVA rows (one 640×480 JPEG out of a pool of 5,000 files, about 150 text tokens), each of which is
+read, adapted, tokenised with labels and counted from the picture's header; every row opens its file. Memory is the sum
+of PSS over the process tree at its peak, minus the same tree after its imports.
 
     python benchmarks/data.py
     python benchmarks/data.py --rows 20000 --workers 1

@@ -19,9 +19,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 WORDS = (
-    "the a picture shows small red blue green large person street table window morning light beside under behind "
-    "walking holding reading standing two three several old new wooden glass metal paper river mountain city field"
-).split()
+    ("the", "a", "picture", "shows", "small", "red", "blue", "green", "large", "person", "street", "table", "window")
+    + ("morning", "light", "beside", "under", "behind", "walking", "holding", "reading", "standing", "two", "three")
+    + ("several", "old", "new", "wooden", "glass", "metal", "paper", "river", "mountain", "city", "field")
+)
 
 TEMPLATE = """{%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{ message['content'][0]['text'] + ' ' }}
@@ -36,9 +37,8 @@ TEMPLATE = """{%- for message in messages -%}
 def machine() -> str:
     """One line that belongs under every figure."""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    model = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8") if "model name" in line), "?"
-    )
+    processors = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    model = next((line.split(":")[1].strip() for line in processors if "model name" in line), "?")
     return f"{os.cpu_count()} cores of {model}, {versions}"
 
 
