@@ -18,11 +18,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-WORDS = (
-    ("the", "a", "picture", "shows", "small", "red", "blue", "green", "large", "person", "street", "table", "window")
-    + ("morning", "light", "beside", "under", "behind", "walking", "holding", "reading", "standing", "two", "three")
-    + ("several", "old", "new", "wooden", "glass", "metal", "paper", "river", "mountain", "city", "field")
-)
+_TEXT = """the a picture shows small red blue green large person street table window morning light beside under behind
+walking holding reading standing two three several old new wooden glass metal paper river mountain city field"""
+WORDS = _TEXT.split()
 
 TEMPLATE = """{%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{ message['content'][0]['text'] + ' ' }}
