@@ -169,7 +169,17 @@ def parse_row(raw: bytes, origin: str) -> object:
             remedy="Save the file as UTF-8 (for a Chinese file: iconv -f GB18030 -t UTF-8).",
         ) from None
     try:
-        return json.loads(text)
+        row = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+        return row
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the escape \\u{ord(error.object[error.start]):04x} is half of a character",
+            where=origin,
+            expected="both halves of a surrogate pair, as in \\ud83d\\ude00",
+            remedy="Some tool cut the text in the middle of a character; write the row again, or take it out.",
+        ) from None
     except json.JSONDecodeError as error:
         raise _broken_json(text, error, origin) from None
     except RecursionError:

@@ -134,6 +134,15 @@ def test_broken_element_of_a_list_names_its_row_and_shows_the_spot(tmp_path: Pat
     assert str(caught.value).startswith("coco.json:124: ") and said in str(caught.value)
 
 
+def test_half_of_a_character_is_refused(tmp_path: Path) -> None:
+    r"""JSON can say \\ud83d alone, which no tokenizer and no file system takes."""
+    rows = [r'{"v": "a \ud83d\uDE00 b"}', r'{"v": "a \\ud83d"}', r'{"v": ["a \uD83D b"]}']
+    corpus = open_one(tmp_path / "a.jsonl", "\n".join(rows))
+    assert corpus.row(0) == {"v": "a \U0001f600 b"} and corpus.row(1) == {"v": r"a \ud83d"}
+    with pytest.raises(DataError, match=r"^a\.jsonl:3: the escape \\ud83d is half of a character"):
+        corpus.row(2)
+
+
 def test_the_example_of_xcomposers_page_is_not_json(tmp_path: Path) -> None:
     text = """[ { "id": "0",
       "image": ['path/to/image_0.jpg', 'path/to/image_1.jpg']
