@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlmtune.cli import environment
 
-HELP = "rows as the model will see them: trained and masked tokens in colour"
+HELP = "rows as the model will see them: trained and masked tokens in colour (⟦ ⟧ without colours)"
 EXAMPLES = """
 vlmtune preview run.yaml
 vlmtune preview run.yaml -n 3 model.image.max_tiles=2
@@ -44,16 +44,18 @@ def run(args: argparse.Namespace) -> int:
     rows = [corpus.find(args.row)] if args.row else first_rows(corpus, config, max(args.n, 1))
     opened = open_folder(config.model.path, config.model.image)
     console = Console(highlight=False)
-    console.print(legend(), end="\n\n")
+    colourless = console.color_system is None or console.no_color  # a pipe, a file, NO_COLOR
+    unwrapped = not console.is_terminal  # a line of the text stays one line for `grep`
+    console.print(legend(brackets=colourless), end="\n\n", soft_wrap=unwrapped)
     code = 0
     for row in rows:
         try:
             sample = corpus.sample(row)
             encoded = encode(sample, opened, max_image_pixels=config.data.max_image_pixels)
-            console.print(row_text(sample, encoded, opened), end="\n\n")
+            console.print(row_text(sample, encoded, opened, brackets=colourless), end="\n\n", soft_wrap=unwrapped)
         except DataError as error:
-            console.print(Text(str(error), "red"), end="\n\n")
+            console.print(Text(str(error), "red"), end="\n\n", soft_wrap=unwrapped)
             code = error.exit_code
     for line in epoch_lines(corpus, config):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=unwrapped)
     return code

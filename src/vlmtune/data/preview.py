@@ -48,8 +48,8 @@ def runs(encoded: Encoded, opened: OpenedFolder) -> list[Run]:
     return found
 
 
-def row_text(sample: Sample, encoded: Encoded, opened: OpenedFolder) -> Text:
-    """One row: a line of counts, then the coloured sequence."""
+def row_text(sample: Sample, encoded: Encoded, opened: OpenedFolder, *, brackets: bool = False) -> Text:
+    """One row: a line of counts, then the coloured sequence; `brackets` enclose what is trained, for want of colours."""
     num, trained = encoded.num_tokens, encoded.num_trained
     images = len(encoded.media)
     head = f"  {num:,} tokens, {trained:,} trained ({trained / num:.0%})"
@@ -58,14 +58,20 @@ def row_text(sample: Sample, encoded: Encoded, opened: OpenedFolder) -> Text:
     text.append(sample.origin, "bold")
     text.append(head + (f", id {sample.id}" if sample.id else "") + "\n")
     for run in runs(encoded, opened):
-        text.append(run.text.replace("\n", "↵\n"), STYLES[run.kind])
+        shown = run.text.replace("\n", "↵\n")
+        text.append(_bracketed(shown) if brackets and run.kind == "trained" else shown, STYLES[run.kind])
     return text
 
 
-def legend() -> Text:
+def legend(*, brackets: bool = False) -> Text:
+    trained = _bracketed("trained") if brackets else "trained"
     return Text.assemble(
-        ("trained", STYLES["trained"]), "  ", ("not trained", STYLES["masked"]), "  ", ("[image]", STYLES["image"])
+        (trained, STYLES["trained"]), "  ", ("not trained", STYLES["masked"]), "  ", ("[image]", STYLES["image"])
     )
+
+
+def _bracketed(text: str) -> str:
+    return f"⟦{text}⟧"
 
 
 def first_rows(corpus: Corpus, config: RunConfig, count: int) -> list[int]:
