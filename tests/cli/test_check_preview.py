@@ -41,6 +41,7 @@ def test_check_of_good_data(run_yaml: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["check", str(run_yaml), "train.epochs=3", "--decode", "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "Every row can be trained." in printed and "3 steps = 3 epochs" in printed
+    assert " in 1 pack of at most " in printed and " tokens, 1 step\n" in printed
     report = json.loads(out.read_text())
     assert (report["rows"], report["bad"], report["steps"], report["images"]) == (12, [], 3, 12)
     assert 0 < report["trained_tokens"] < report["tokens"]
@@ -73,6 +74,14 @@ def test_preview_shows_rows_in_training_order_or_one(run_yaml: Path, capsys: pyt
     assert "rows.jsonl:5" in printed and "Number 4." in printed
     assert main(["preview", str(run_yaml), "--row", "55"]) == 2
     assert "there is no row rows.jsonl:55; expected a row from 1 to 12" in capsys.readouterr().err
+
+
+def test_preview_marks_what_is_trained_without_colours(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["preview", str(run_yaml), "--row", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("⟦trained⟧  not trained  [image]\n")
+    inside = printed.split("\n", 2)[2].split("⟦")[1].split("⟧")[0]
+    assert inside.startswith("Number 4.") and "What?" not in inside and "\x1b" not in printed
 
 
 def test_preview_shows_what_is_wrong_with_a_row(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:

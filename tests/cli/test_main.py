@@ -153,6 +153,17 @@ def test_exit_codes(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_stop_is_no_error(
+    verb: Callable[[Verb], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verb(raising(Interrupted("at step 3", signal_number=15, where="runs/a", remedy="The same command goes on.")))
+    assert main.main(["check", "r.yaml"]) == 143
+    assert capsys.readouterr().err == "Stopped: runs/a: at step 3. The same command goes on.\n"
+    monkeypatch.setenv("RANK", "1")  # the first process has said it
+    assert main.main(["check", "r.yaml"]) == 143
+    assert capsys.readouterr().err == ""
+
+
 def test_an_error_is_one_paragraph(verb: Callable[[Verb], None], capsys: pytest.CaptureFixture[str]) -> None:
     verb(raising(DataError("2 <image> marks but 1 image", where="coco.jsonl:124", remedy="Remove a mark.")))
     main.main(["check", "r.yaml"])
@@ -268,7 +279,7 @@ def test_interrupt_ends_with_130() -> None:
         time.sleep(0.05)
         process.send_signal(2)
         assert process.wait(timeout=20) == 130
-        assert process.stderr.read() == "error: interrupted.\n"
+        assert process.stderr.read() == "Stopped.\n"
 
 
 SHOW = (

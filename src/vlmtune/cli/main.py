@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol, cast
 
 from vlmtune.cli import environment
-from vlmtune.errors import UsageError, VlmtuneError
+from vlmtune.errors import Interrupted, UsageError, VlmtuneError
 from vlmtune.version import __version__
 
 # In the order of a job.
@@ -53,13 +53,17 @@ def main(argv: Sequence[str]) -> int:
         code = _dispatch(list(argv), debug)
         sys.stdout.flush()
         return code
+    except Interrupted as stop:
+        if environment.rank() == 0:
+            print(f"Stopped: {stop}", file=sys.stderr)
+        return stop.exit_code
     except VlmtuneError as error:
         if debug:
             traceback.print_exc()
         _say_error(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _say_error("interrupted.")
+        print("Stopped.", file=sys.stderr)
         return KEYBOARD_INTERRUPT
     except BrokenPipeError:
         # `vlmtune preview … | head`: the reader has gone. Python would complain once more when it closes stdout.

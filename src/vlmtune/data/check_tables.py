@@ -75,28 +75,33 @@ def _arithmetic(report: Report) -> Text:
     """What a step takes, and how many there are."""
     assert report.plan is not None
     numbers = report.plan.arithmetic()
-    devices = f"{numbers['devices']} device{'' if numbers['devices'] == 1 else 's'}"
+    devices = _counted(numbers["devices"], "device")
     text = Text()
     text.append("A step: ", "bold")
     if report.packed:
         text.append(
-            f"{numbers['global_batch_size']} rows (global_batch_size) in {numbers['micro_batches_per_step']} packs of "
-            f"at most {numbers['max_length']:,} tokens = {numbers['accumulation']} accumulated × {devices}; packs are "
+            f"{_counted(numbers['global_batch_size'], 'row')} (global_batch_size) in "
+            f"{_counted(numbers['micro_batches_per_step'], 'pack')} of at most {numbers['max_length']:,} tokens = {numbers['accumulation']} accumulated × {devices}; packs are "
             f"{numbers['fill']:.0%} full\n"
         )
     else:
         text.append(
             f"{numbers['micro_batch_size']} (micro_batch_size) × {numbers['accumulation']} accumulated × {devices} = "
-            f"{numbers['global_batch_size']} rows (global_batch_size)\n"
+            f"{_counted(numbers['global_batch_size'], 'row')} (global_batch_size)\n"
         )
     text.append("An epoch: ", "bold")
     text.append(
-        f"{numbers['rows_per_epoch']:,} rows, {numbers['tokens_per_epoch']:,} tokens, "
-        f"{numbers['steps_per_epoch']:,} steps\n"
+        f"{_counted(numbers['rows_per_epoch'], 'row')}, {_counted(numbers['tokens_per_epoch'], 'token')}, "
+        f"{_counted(numbers['steps_per_epoch'], 'step')}\n"
     )
     text.append("The run: ", "bold")
-    text.append(f"{numbers['num_steps']:,} steps = {numbers['epochs']:.4g} epochs")
+    text.append(f"{_counted(numbers['num_steps'], 'step')} = ")
+    text.append("1 epoch" if numbers["epochs"] == 1 else f"{numbers['epochs']:.4g} epochs")
     return text
+
+
+def _counted(number: float, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _notes(report: Report) -> Iterator[RenderableType]:
