@@ -32,6 +32,9 @@ Kind = Literal["row", "length"]
 
 SMALL_SIDE = 8  # pixels; a picture below this is suspicious
 
+_SHORTER = "Raise it, set data.too_long: drop, or shorten the row."
+_SHORTER_WITH_PICTURES = "Raise it, set data.too_long: drop, or allow smaller pictures under model.image."
+
 _CHUNK = 64  # rows that a worker takes at a time
 
 
@@ -102,7 +105,7 @@ def too_long(measured: Measured, corpus: Corpus, data: DataConfig) -> list[BadRo
         BadRow(
             corpus.origin(int(i)),
             f"the row has {int(measured.num_tokens[i]):,} tokens; expected at most {data.max_length:,} "
-            "(data.max_length). Raise it, set data.too_long: drop, or allow smaller pictures under model.image.",
+            f"(data.max_length). {_SHORTER_WITH_PICTURES if measured.num_images[i] else _SHORTER}",
             int(i),
             "length",
         )
