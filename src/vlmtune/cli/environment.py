@@ -22,6 +22,7 @@ _QUIET_AND_PRIVATE = {
     "TOKENIZERS_PARALLELISM": "false",  # else tokenizers warns in every worker that is forked
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns about find_unused_parameters, which text-only rows need
     "TF_CPP_MIN_LOG_LEVEL": "3",  # tensorboard looks for TensorFlow
 }
 

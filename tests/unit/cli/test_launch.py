@@ -41,7 +41,12 @@ def test_slurm_is_translated() -> None:
 
 
 @pytest.mark.parametrize(
-    "env", [{}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "RANK": "0", "WORLD_SIZE": "2"}]
+    "env",
+    [
+        {},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"},
+        {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "RANK": "0", "WORLD_SIZE": "2"},
+    ],
 )
 def test_slurm_is_left_alone(env: dict[str, str]) -> None:
     before = dict(env)
