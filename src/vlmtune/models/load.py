@@ -58,9 +58,12 @@ def _fetch(name: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, ignore_patterns=_NOT_FETCHED))
     except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            why = "the network is switched off, and the hub's cache does not hold it"
         raise WeightsError(
-            "there is no such folder, and it cannot be fetched as a hub id "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:160]})",
+            "there is no such folder (in a YAML, a relative path starts from the YAML's own folder), and as a hub id "
+            f"it cannot be fetched ({why})",
             where=f"model.path: {name}",
             remedy="Correct the path, or download the model on a machine with network and copy the folder.",
         ) from error
