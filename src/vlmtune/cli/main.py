@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         return code
     except Interrupted as stop:
         if environment.rank() == 0:
-            print(f"Stopped: {stop}", file=sys.stderr)
+            print(stop, file=sys.stderr)
         return stop.exit_code
     except VlmtuneError as error:
         if debug:
