@@ -33,7 +33,7 @@ def _cut_projector(model: Any) -> None:
 
 def test_cut_off_projector_is_named(tmp_path: Path, model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _sabotaged(monkeypatch, _cut_projector)
-    with pytest.raises(ProofError, match="zero gradient") as caught:
+    with pytest.raises(ProofError, match="gradient of zero") as caught:
         train(make_config(tmp_path, model, rows))
     assert "multi_modal_projector.linear_1.weight" in str(caught.value)
     assert "language_model" not in str(caught.value)  # what trains is not named
@@ -53,7 +53,7 @@ def test_gradient_that_is_not_finite_is_named(
         parameter.register_hook(lambda gradient: gradient * float("nan"))
 
     _sabotaged(monkeypatch, poison)
-    with pytest.raises(ProofError, match=r"1 tensors have a gradient that is not finite: .*linear_1\.bias"):
+    with pytest.raises(ProofError, match=r"not finite, in 1 tensor: .*linear_1\.bias"):
         train(make_config(tmp_path, model, rows))
 
 
@@ -90,7 +90,7 @@ def test_lora_a_is_demanded_once_b_has_moved(
 
     _sabotaged(monkeypatch, hold)
     config = make_config(tmp_path, model, rows, tuning={"method": "lora", "rank": 2}, train={"epochs": 2})
-    with pytest.raises(ProofError, match=r"1 tensors .*layers\.0\.self_attn\.q_proj\.lora_A"):
+    with pytest.raises(ProofError, match=r"1 tensor that .*layers\.0\.self_attn\.q_proj\.lora_A"):
         train(config)
     assert [step for step, _ in losses(tmp_path / "run")] == [1]
 
@@ -102,6 +102,15 @@ def test_warm_up_does_not_count_as_a_move(tmp_path: Path, model: Path, rows: Pat
     assert result.steps == 6
 
 
+def test_a_run_too_short_for_lora_says_so(tmp_path: Path, model: Path, rows: Path) -> None:
+    said: list[str] = []
+    tuning = {"method": "lora", "rank": 2, "targets": ["language", "vision"]}
+    train(make_config(tmp_path, model, rows, tuning=tuning, train={"max_steps": 1}), say=said.append)
+    assert "of language could not be proven: the run was too short" in said[-1]
+    assert "of vision could not be proven: the run was too short" in said[-1]
+    assert said[-1].startswith("Done: 1 step.\n")
+
+
 def test_tower_is_demanded_at_the_first_step_with_a_picture(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +118,8 @@ def test_tower_is_demanded_at_the_first_step_with_a_picture(
     text = write_rows(tmp_path / "text", num=4, text_only=4)
     said: list[str] = []
     train(make_config(tmp_path / "a", model, text), say=said.append)
-    assert "projector never took part" in said[-1] and "vision never took part" in said[-1]
+    for component in ("projector", "vision"):
+        assert f"of {component} could not be proven: it needs a row with a picture" in said[-1]
 
     (tmp_path / "both").mkdir()
     pictures = write_rows(tmp_path / "pictures", num=4)
@@ -137,5 +147,5 @@ def test_every_family_is_proven_with_every_method(
     result = train(
         make_config(tmp_path, tiny_folder(kind), rows, tuning=tuning, train={"max_steps": 2}), say=said.append
     )
-    assert "never took part" not in "".join(said)
+    assert "could not be proven" not in "".join(said)
     assert json.loads((result.run_dir / "finished.json").read_text())["steps"] == 2

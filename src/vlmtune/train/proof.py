@@ -8,14 +8,14 @@ Either way the figures of all ranks are joined by their maximum. There is no tol
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from vlmtune.config.schema import Component
+from vlmtune.config.schema import COMPONENTS, Component
 from vlmtune.errors import ProofError
 from vlmtune.models.family import OpenedFolder
 from vlmtune.tuning.components import component_of, native_name
@@ -41,6 +41,7 @@ class FirstStepProof:
         }
         self.pending: set[str] = set(self._trained)
         self._watched: set[str] = set()
+        self._saw_pictures = False
         self._largest: dict[str, torch.Tensor] = {}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
@@ -51,6 +52,7 @@ class FirstStepProof:
             pictures: some micro batch of the step, on any rank, holds a picture.
             adapters_moved: an optimizer step with a learning rate above zero has been taken, so LoRA's B is not zero.
         """
+        self._saw_pictures |= pictures
         self._largest.clear()
         self._watched = {name for name in self.pending if self._is_due(name, pictures, adapters_moved)}
         for name in self._watched:
@@ -104,21 +106,26 @@ class FirstStepProof:
             self._hooks.pop(name).remove()
         self._watched = set()
 
-    def open_components(self) -> Mapping[Component, int]:
-        """How many tensors are still unproven, by component."""
-        counts: dict[Component, int] = {}
-        for name in self.pending:
-            component = self._trained[name][0]
-            counts[component] = counts.get(component, 0) + 1
-        return counts
+    def open_questions(self) -> list[str]:
+        """What no step could prove so far, and why, one sentence per component."""
+        sentences = []
+        for component in COMPONENTS:
+            names = [name for name in self.pending if self._trained[name][0] == component]
+            if not names:
+                continue
+            why = "it needs a row with a picture, and none came"
+            if all(_LORA_A.search(name) for name in names) and (self._saw_pictures or component == "language"):
+                why = "the run was too short, as LoRA's A gets a gradient only once B has moved"
+            sentences.append(f"{_tensors(len(names))} of {component} could not be proven: {why}.")
+        return sentences
 
 
 def _failed(not_finite: list[str], zero: list[str]) -> ProofError:
     found = []
     if not_finite:
-        found.append(f"{len(not_finite)} tensors have a gradient that is not finite: {_listed(not_finite)}")
+        found.append(f"gradients that are not finite, in {_tensors(len(not_finite))}: {_listed(not_finite)}")
     if zero:
-        found.append(f"{len(zero)} tensors that should train have a zero gradient: {_listed(zero)}")
+        found.append(f"a gradient of zero in {_tensors(len(zero))} that should train: {_listed(zero)}")
     return ProofError(
         "; ".join(found),
         where="first-step proof",
@@ -126,6 +133,10 @@ def _failed(not_finite: list[str], zero: list[str]) -> ProofError:
         remedy="Freeze what cannot train, lower the learning rate if it overflowed, or look at the rows with "
         "`vlmtune preview`; train.first_step_proof=false skips this test.",
     )
+
+
+def _tensors(number: int) -> str:
+    return "1 tensor" if number == 1 else f"{number} tensors"
 
 
 def _listed(names: list[str]) -> str:

@@ -219,12 +219,12 @@ def _result(run_dir: Path, summary: dict[str, Any], *, already_finished: bool = 
 
 def _closing(run_dir: Path, summary: dict[str, Any], trainer: VlmTrainer) -> str:
     """What a person wants to know at the end."""
-    lines = [f"Done: {summary['steps']} steps" + (", stopped early." if summary["stopped_early"] else ".")]
+    steps = "1 step" if summary["steps"] == 1 else f"{summary['steps']} steps"
+    lines = [f"Done: {steps}" + (", stopped early." if summary["stopped_early"] else ".")]
     if summary["eval_loss"] is not None:
         lines.append(f"Best eval loss {summary['eval_loss']:.4f}, {run_dir / summary['best']}")
     else:
         lines.append(f"Last checkpoint {run_dir / summary['best']}")
-    for component, count in trainer.unproven.items():
-        lines.append(f"Note: {count} trained tensors of {component} never took part in a step, so nothing proved them.")
+    lines += [f"Note: {sentence}" for sentence in trainer.unproven]
     lines.append(f"Next: vlmtune export {run_dir} -o DIR")
     return "\n".join(lines)

@@ -62,6 +62,13 @@ def _received(batch: MicroBatch) -> MicroBatch:
     return batch
 
 
+def rates_text(rates: Mapping[str, float]) -> str:
+    """Learning rates by component as one figure where they are equal, else each with its name."""
+    if len(set(rates.values())) == 1:
+        return f"{next(iter(rates.values())):.2e}"
+    return " ".join(f"{component} {rate:.2e}" for component, rate in rates.items())
+
+
 class VlmTrainer(SealedCheckpoints):
     """Trains on planned micro batches.
 
@@ -212,9 +219,9 @@ class VlmTrainer(SealedCheckpoints):
         return self.accelerator.gather(figures[None]).amax(dim=0)
 
     @property
-    def unproven(self) -> dict[Component, int]:
-        """Trained tensors that no step could prove so far, by component."""
-        return dict(self._proof.open_components()) if self._proof is not None else {}
+    def unproven(self) -> list[str]:
+        """What no step could prove so far, in sentences."""
+        return self._proof.open_questions() if self._proof is not None else []
 
     # ---- evaluation and metrics ----------------------------------------------------------------------------
 
@@ -278,7 +285,7 @@ class VlmTrainer(SealedCheckpoints):
             "trained_share": round(totals.trained / max(totals.tokens, 1), 4),
         }
         self._write(line)
-        rates = " ".join(f"{rate:.2e}" for rate in dict.fromkeys(self._rates_of_step.values()))
+        rates = rates_text(self._rates_of_step)
         self.job.say(
             f"step {step:>6}  epoch {epoch:<7.2f} loss {logs['loss']:.4f}  learning rate {rates}  {speed:,.0f} tokens/s"
         )
