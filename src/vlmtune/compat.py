@@ -42,6 +42,30 @@ def disable_deepspeed_shm_comm() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def fits_4bit_blocks(in_features: int) -> bool:
+    """Whether a Linear layer of this width can be 4-bit: its rows must be whole blocks of 64 numbers.
+
+    bitsandbytes 0.50: it quantises the weight as one long line of blocks, but its CPU kernels read them row by row, and
+    where a block crosses the end of a row they multiply with the scales of others. The weights are then far off, and
+    nothing says so. GPU kernels are not affected, but a run must not depend on the device.
+    """
+    return in_features % 64 == 0
+
+
+def keep_4bit_layout(model: Any) -> None:
+    """Stops 4-bit layers on a CPU with AVX-512 BF16 from rearranging themselves in an evaluation.
+
+    bitsandbytes 0.50: the first forward pass in eval mode without gradients packs the weights for a kernel of its own,
+    with scales rounded to bfloat16. Outputs that 32 does not divide end in an AssertionError; the others stay packed
+    when training goes on, where that kernel has no backward pass: the layers before get no gradient.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def forget_unused_conversions(model: Any) -> None:
     """Lets a model that was loaded under ZeRO-3 be saved under the names of its folder.
 

@@ -16,6 +16,7 @@ import torch
 from killed import start
 from runs import eval_losses, losses, make_config, write_rows, write_yaml
 from safetensors.torch import load_file
+from wide import save_wide
 
 from vlmtune.train.run import train
 
@@ -122,6 +123,20 @@ def test_two_processes_train_like_one(together: Path, alone: dict[str, Path], st
     assert ours.keys() == reference.keys()  # plain names, whatever wrapped the model
     for name, tensor in reference.items():
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_four_bits_with_ddp(tmp_path: Path, rows: Path, eval_rows: Path) -> None:
+    model = save_wide("internvl", tmp_path / "model")
+    tuning = {"method": "qlora", "rank": 4, "targets": ["language", "vision"], "train": ["projector"]}
+    sections = {**_sections(eval_rows, "lora"), "tuning": tuning}
+    one = train(make_config(tmp_path / "one", model, rows, **sections)).run_dir
+    yaml = write_yaml(tmp_path / "two", model, rows, sections)
+    two_processes([{"config": str(yaml), "wrapper": WRAPPERS["ddp"], "stop_at": 3}], tmp_path)
+    two = tmp_path / "two" / "run"
+    for mine, theirs in zip(losses(two) + eval_losses(two), losses(one) + eval_losses(one), strict=True):
+        assert mine[1] == pytest.approx(theirs[1], rel=1e-5)
+    for name, tensor in _weights(one).items():
+        torch.testing.assert_close(_weights(two)[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_run_of_one_process_goes_on_with_two(

@@ -68,6 +68,11 @@ def _print(result: ExportResult) -> None:
             f"compared on a {one.prompt} ({one.num_positions} positions): largest difference of a logit "
             f"{one.difference:.1e}, allowed {one.limit:.1e}{cast}"
         )
+    if result.gap and result.gap.skipped:
+        print(f"gap to the 4-bit model of the training: not measured ({result.gap.skipped})")
+    elif result.gap:
+        gaps = ", ".join(f"{gap:.2g} on a {prompt}" for prompt, gap in result.gap.differences.items())
+        print(f"gap to the 4-bit model of the training, for information: a logit differs by at most {gaps}")
     if not result.comparisons:
         print("not compared with the trained model (--verify none)")
     print(f"wrote {result.out} ({result.dtype}, layout {result.layout})")

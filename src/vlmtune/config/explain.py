@@ -236,7 +236,7 @@ def _unknown_key(keys: list[str], holder: type[Section] | None) -> str:
         note = f" ({hint.note})" if hint.note else ""
         return f"unknown key; did you mean {name if owner == section else hint.key}{note}?"
     if section == "tuning" and key in LoraTuning.model_fields:
-        return "is an option of LoRA, but the method is full; write method: lora (or dora, rslora), or remove it"
+        return "is an option of LoRA, but the method is full; write method: lora (or dora, rslora, qlora), or remove it"
     near = _did_you_mean(key.replace("-", "_"), known)
     if near:
         return f"unknown key{near}"

@@ -126,7 +126,7 @@ def _complete(values: dict[str, Any], place: Place) -> None:
         raise ConfigError(
             "is an option of LoRA, but no method is given",
             where=f"{locate(place, ['tuning', lora_only[0]])[0]}: tuning.{lora_only[0]}",
-            remedy="Add `method: lora` (or dora, rslora) under tuning.",
+            remedy="Add `method: lora` (or dora, rslora, qlora) under tuning.",
         )
     values["tuning"] = {"method": "full", **tuning}
 

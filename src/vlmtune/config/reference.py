@@ -45,7 +45,11 @@ _SECTIONS: tuple[tuple[str, str, type[Section]], ...] = (
     ("model", "What is fine-tuned.", ModelConfig),
     ("model.image", "A key that has no effect on the model is refused. See [models.md](models.md).", ImageOptions),
     ("tuning, method: full", "The default. See [training.md](training.md).", FullTuning),
-    ("tuning, method: lora, dora or rslora", "Adapters through PEFT. See [training.md](training.md).", LoraTuning),
+    (
+        "tuning, method: lora, dora, rslora or qlora",
+        "Adapters through PEFT. See [training.md](training.md).",
+        LoraTuning,
+    ),
     ("data", "See [data.md](data.md).", DataConfig),
     ("data.sources and data.eval", "One entry per file.", SourceConfig),
     ("train", "See [training.md](training.md), and [scaling.md](scaling.md) for `strategy`.", TrainConfig),

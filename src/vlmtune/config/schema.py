@@ -66,8 +66,8 @@ class FullTuning(Section):
 class LoraTuning(Section):
     """Train low-rank adapters through PEFT, and whole components beside them if named."""
 
-    method: Literal["lora", "dora", "rslora"] = "lora"
-    """The kind of adapter."""
+    method: Literal["lora", "dora", "rslora", "qlora"] = "lora"
+    """The kind of adapter; qlora is LoRA on a base whose Linear layers are kept in 4 bits (NF4) while it trains."""
     rank: Annotated[int, Field(ge=1)] = 16
     """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] | None = None
@@ -216,4 +216,13 @@ class RunConfig(Section):
     def _early_stopping_needs_eval(self) -> RunConfig:
         if self.train.early_stopping and not self.data.eval:
             raise ValueError("train.early_stopping needs data.eval: without held-out rows there is nothing to watch")
+        return self
+
+    @model_validator(mode="after")
+    def _four_bits_are_not_sharded(self) -> RunConfig:
+        if self.tuning.method == "qlora" and self.train.strategy not in (None, "single", "ddp"):
+            raise ValueError(
+                f"tuning.method qlora does not go with train.strategy {self.train.strategy}: 4-bit layers are not "
+                "sharded; leave the strategy out, or set ddp"
+            )
         return self

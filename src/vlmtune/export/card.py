@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
+_NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA", "qlora": "QLoRA"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,8 @@ import torch
 
 from vlmtune.config.schema import ImageOptions
 from vlmtune.errors import ExportError, UsageError
-from vlmtune.export import card, files, verify
+from vlmtune.export import card, files, gap, verify
+from vlmtune.export.gap import Gap
 from vlmtune.export.merge import NOTHING, Merge, NotStreamable, plan_merge
 from vlmtune.files import free_bytes
 from vlmtune.infer.locate import Located, locate
@@ -38,6 +39,7 @@ class ExportResult:
     counts: tensors that are bit-identical to the base (``unchanged``), had an update folded in (``merged``), were
         trained in full (``replaced``) or only changed their dtype (``cast``).
     whole_model: why the adapter could not be merged tensor by tensor; None when it was (or there is none).
+    gap: of a QLoRA run, how far the 4-bit model that was trained is from this one; None for other runs.
     """
 
     out: Path
@@ -48,6 +50,7 @@ class ExportResult:
     counts: dict[str, int] = field(default_factory=dict)
     comparisons: list[verify.Comparison] = field(default_factory=list)
     whole_model: str | None = None
+    gap: Gap | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -59,6 +62,7 @@ class ExportResult:
             "tensors": self.counts,
             "merged_as_a_whole_because": self.whole_model,
             "compared": [one.as_dict() for one in self.comparisons] or "not compared",
+            "gap_to_the_4bit_model": self.gap.as_dict() if self.gap else None,
             "versions": versions(),
         }
 
@@ -103,7 +107,9 @@ def export(
         result = _write(located, draft, dtype)
         result.out = target
         if verify == "full":
-            result.comparisons = _compare(located, draft, result, device)
+            _compare(located, draft, result, device)
+        elif gap.was_quantised(located):
+            result.gap = gap.skip("--verify none")
         _finish(located, draft, result)
         _swap(draft, target)
     except OSError as error:
@@ -205,16 +211,18 @@ def _merge_whole(located: Located, dtype: torch.dtype, draft: Path) -> dict[str,
     return {"merged": len(Shards(draft))}
 
 
-def _compare(located: Located, draft: Path, result: ExportResult, device: str | None) -> list[verify.Comparison]:
+def _compare(located: Located, draft: Path, result: ExportResult, device: str | None) -> None:
+    """Fills in the comparisons; one model is in memory at a time."""
     source = load_located(located, device=device, dtype="float32")
     expected = verify.expect(source, torch_dtype(result.dtype))  # type: ignore[arg-type]
     del source
     gc.collect()  # the two models need not be in memory together, and PEFT's refer to themselves in circles
     # Without the options of the run: the folder must cut pictures as training did by its own files.
     written = Located(path=draft, image=ImageOptions(), max_image_pixels=located.max_image_pixels)
-    comparisons = verify.compare(expected, load_located(written, device=device, dtype="float32"))
-    verify.check(comparisons, where=str(result.out))
-    return comparisons
+    result.comparisons = verify.compare(expected, load_located(written, device=device, dtype="float32"))
+    verify.check(result.comparisons, where=str(result.out))
+    if gap.was_quantised(located):
+        result.gap = gap.measure(located, expected, device)
 
 
 def _finish(located: Located, draft: Path, result: ExportResult) -> None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from vlmtune.config.schema import ImageOptions
 from vlmtune.errors import WeightsError
@@ -111,8 +111,20 @@ def _attention(opened: OpenedFolder, name: str) -> str | dict[str, str]:
     return {"": "sdpa", "text_config": PACKED, "vision_config": "sdpa"}
 
 
-def load_model(opened: OpenedFolder, *, dtype: torch.dtype | None = None, attention: str = "sdpa") -> PreTrainedModel:
+def load_model(
+    opened: OpenedFolder,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+    quantisation: BitsAndBytesConfig | None = None,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
     """The model on the CPU (or partitioned, under ZeRO-3), in `dtype` or the checkpoint's own.
+
+    Args:
+        quantisation: layers to be quantised while they are read, see `tuning.quantised`; such a model goes to a GPU if
+            there is one, since it cannot be moved there later.
+        device: where a quantised model goes instead.
 
     Raises:
         WeightsError: files that cannot be read; a missing, unexpected or mis-shaped key, by name.
@@ -127,6 +139,8 @@ def load_model(opened: OpenedFolder, *, dtype: torch.dtype | None = None, attent
             ignore_mismatched_sizes=True,  # reported below, by name, with the other complaints
             output_loading_info=True,
             trust_remote_code=False,
+            quantization_config=quantisation,
+            device_map=None if device is None else {"": device},
         )
     except (OSError, SafetensorError) as error:
         raise strict.unreadable(error, folder.path) from error

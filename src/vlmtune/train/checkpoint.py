@@ -45,6 +45,7 @@ _VERSIONS_OF = (
     "tokenizers",
     "pillow",
     "numpy",
+    "bitsandbytes",
 )
 
 

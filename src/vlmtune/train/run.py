@@ -29,6 +29,7 @@ from vlmtune.train.callbacks import ProgressBar, StopSignal
 from vlmtune.train.metrics import MetricsLog
 from vlmtune.train.processes import Processes
 from vlmtune.train.trainer import Job, VlmTrainer
+from vlmtune.tuning import quantised
 from vlmtune.tuning.components import learning_rates, report, table
 from vlmtune.weights import names
 
@@ -75,6 +76,7 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
     if config.train.output_dir is None:
         raise TrainingError("has no value", where="train.output_dir", remedy="Load the configuration with load_config.")
     run_dir = Path(config.train.output_dir)
+    quantised.require(config.tuning)
     stop = StopSignal()
     with _alone(run_dir, processes), stop.caught():
         folder.claim(run_dir, config)

@@ -16,6 +16,7 @@ from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import load_model, open_folder
 from vlmtune.train.arguments import resolve_precision
 from vlmtune.tuning.adapters import prepare
+from vlmtune.tuning.quantised import load_quantised
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -30,10 +31,10 @@ def source(config: RunConfig, opened: OpenedFolder, resumed: Path | None) -> Ope
 def load(
     config: RunConfig, source: OpenedFolder, resumed: Path | None, *, partitioned: bool
 ) -> PreTrainedModel | PeftModel:
-    """The prepared model on the CPU, with the weights of `resumed` if there is one.
+    """The prepared model on the CPU (a 4-bit one on the GPU if there is one), with the weights of `resumed` if any.
 
     Full tuning keeps float32 master weights and computes under autocast; under an adapter the frozen base is kept in
-    the precision of the forward pass.
+    the precision of the forward pass, and for QLoRA the blocks with adapters in 4 bits.
 
     Args:
         source: see the function of this name; opened before DeepSpeed's settings exist.
@@ -41,7 +42,11 @@ def load(
     """
     full = config.tuning.method == "full"
     half = not full and resolve_precision(config.train) == "bfloat16"
-    model = load_model(source, dtype=torch.bfloat16 if half else torch.float32, attention=config.model.attention)
+    dtype = torch.bfloat16 if half else torch.float32
+    if config.tuning.method == "qlora":
+        model = load_quantised(source, config.tuning, dtype=dtype, attention=config.model.attention)
+    else:
+        model = load_model(source, dtype=dtype, attention=config.model.attention)
     _make_savable(model)
     if partitioned:
         compat.forget_unused_conversions(model)

@@ -1,4 +1,4 @@
-"""LoRA, DoRA and rsLoRA through PEFT, with targets named by component."""
+"""LoRA, DoRA, rsLoRA and QLoRA's adapters through PEFT, with targets named by component."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def target_modules(model: nn.Module, opened: OpenedFolder, targets: Sequence[str
     linear = [name for name in linear if not (idle and idle.search(f"{name}.weight"))]
     chosen: dict[str, None] = {}
     for target in targets:
-        hits = [name for name in linear if _is_meant(name, target, opened.components)]
+        hits = [name for name in linear if is_meant(name, target, opened.components)]
         if not hits:
             raise _no_hits(target, linear, opened.components)
         chosen.update(dict.fromkeys(hits))
@@ -88,7 +88,8 @@ def _one_of(numbers: list[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else "(?:" + "|".join(map(str, numbers)) + ")"
 
 
-def _is_meant(name: str, target: str, components: Components) -> bool:
+def is_meant(name: str, target: str, components: Components) -> bool:
+    """Whether the target (a component's blocks, `head`, or the end of a name) means the module `name`."""
     if target == HEAD:
         return name in components.head
     if target in COMPONENTS:

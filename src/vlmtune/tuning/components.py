@@ -58,7 +58,11 @@ def component_of(parameter: str, components: Components) -> Component:
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of the whole tensor, also where DeepSpeed ZeRO-3 left only this rank's part in place."""
+    """The shape of the whole tensor, also where DeepSpeed ZeRO-3 left only this rank's part in place, and where
+    bitsandbytes packed two 4-bit numbers into each byte of a column."""
+    packed = vars(parameter).get("quant_state")
+    if packed is not None:
+        return torch.Size(packed.shape)
     return torch.Size(vars(parameter).get("ds_shape", parameter.shape))
 
 

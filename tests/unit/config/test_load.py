@@ -69,17 +69,17 @@ def test_minimal_file_fills_the_defaults(load: Load, tmp_path: Path) -> None:
         ("tuning:\n  method: lora\n  rank: 0\n", "run.yaml:6: tuning.rank: found 0; expected at least 1."),
         (
             "tuning:\n  method: lorra\n",
-            "run.yaml:5: tuning.method: 'lorra' is not one of full, lora, dora, rslora; did you mean lora?",
+            "run.yaml:5: tuning.method: 'lorra' is not one of full, lora, dora, rslora, qlora; did you mean lora?",
         ),
         (
             "tuning: {method: full, rank: 3}\n",
             "run.yaml:4: tuning.rank: is an option of LoRA, but the method is full; write method: lora "
-            "(or dora, rslora), or remove it.",
+            "(or dora, rslora, qlora), or remove it.",
         ),
         (
             "tuning: {rank: 3}\n",
             "run.yaml:4: tuning.rank: is an option of LoRA, but no method is given. "
-            "Add `method: lora` (or dora, rslora) under tuning.",
+            "Add `method: lora` (or dora, rslora, qlora) under tuning.",
         ),
         (
             "tuning: {method: lora, train: [visoin]}\n",
