@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,3 +95,20 @@ def test_decode_finds_what_a_header_hides(corpus: Corpus, opened: OpenedFolder, 
     assert not run(corpus, opened).bad
     (bad,) = run(corpus, opened, decode=True).bad
     assert bad.origin == "b.jsonl:1" and "cut.jpg cannot be decoded (image file is truncated" in bad.reason
+
+
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    """They hold the run folder's files open, and there would be two more of them for every killed run."""
+    code = (
+        "import multiprocessing, os, signal, time\n"
+        "from vlmtune.data import measure\n"
+        "def work(): measure._start_worker(None); time.sleep(60)\n"
+        "worker = multiprocessing.get_context('fork').Process(target=work); worker.start()\n"
+        "print(worker.pid, flush=True); time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.stdout.read()  # the pipe is closed by the last process that holds it
+        process.wait(timeout=30)
+    assert not Path(f"/proc/{worker}/cmdline").exists() or not Path(f"/proc/{worker}/cmdline").read_bytes()

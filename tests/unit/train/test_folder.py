@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +84,32 @@ def test_folder_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 def test_lock_is_free_again_afterwards(tmp_path: Path) -> None:
-    second = folder.locked(tmp_path / "run")
-    with folder.locked(tmp_path / "run"), pytest.raises(RunFolderError, match="is in use by process"), second:
-        pass
-    with folder.locked(tmp_path / "run"):
-        pass
+    code = (
+        "import sys; from pathlib import Path; from vlmtune.train import folder\n"
+        "with folder.locked(Path(sys.argv[1])): pass"
+    )
+
+    def other() -> str:
+        return subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True).stderr
+
+    with folder.locked(tmp_path):
+        assert f"is in use by process {os.getpid()} on " in other()
+    assert other() == ""
+
+
+def test_lock_goes_with_a_killed_process_though_its_workers_live(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, time; from pathlib import Path; from vlmtune.train import folder\n"
+        "with folder.locked(Path(sys.argv[1])):\n"
+        "    if (worker := os.fork()) == 0: time.sleep(60); os._exit(0)\n"
+        "    print(worker, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.wait()
+        try:
+            with folder.locked(tmp_path):
+                pass
+        finally:
+            os.kill(worker, signal.SIGKILL)
