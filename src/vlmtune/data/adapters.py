@@ -23,6 +23,7 @@ Locate = Callable[[str], MediaRef]
 
 MARK = re.compile(r"<image>|<ImageHere>")
 _UNSUPPORTED_KEYS = ("video", "videos", "embedding", "embeddings", "audio", "audios")
+_UNSUPPORTED_IN_TURNS = ("tool_calls", "function_call", "audio")
 KNOWN_KEYS = frozenset({"id", "system", "image", "images", "conversations", "messages", *_UNSUPPORTED_KEYS})
 _ROLES: Mapping[str, Role] = {
     "system": "system",
@@ -144,6 +145,9 @@ def _openai_turn(turn: object, number: int, pictures: _Pictures) -> Message:
     """``{"role": "user", "content": "…" | [{"type": "text", "text": "…"}, {"type": "image_url", …}]}``"""
     role = _role(turn, number, "role", _OPENAI_ROLES)
     content = _entry(turn, number, "content")
+    for key in _UNSUPPORTED_IN_TURNS:
+        if isinstance(turn, dict) and turn.get(key):
+            raise DataError(f"message {number} has `{key}`, which is not supported yet", expected="text and images")
     if not isinstance(content, list):
         return Message(role, tuple(_marked_text(content, role, f"message {number}", pictures)))
     parts: list[Part] = []

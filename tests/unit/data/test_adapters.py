@@ -161,6 +161,10 @@ def test_openai_with_pictures_listed_at_the_row() -> None:
         (llava("<image>", "x", image="a", images=["a"]), "the row has both `image` and `images`"),
         (llava("<video>", "x", video="a.mp4"), "the row has `video`, which is not supported yet"),
         (llava("<image>", "x", image="a", embedding="a.pt"), "the row has `embedding`, which is not supported yet"),
+        (
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
+            "message 2 has `tool_calls`, which is not supported yet",
+        ),
         (openai([{"type": "video", "video": "a"}], "x"), "part 1 of message 1 has the type 'video', which is not"),
         (openai([{"text": "x"}], "x"), "part 1 of message 1 has no `type`"),
         (openai(["x"], "x"), "part 1 of message 1 is a string"),
