@@ -81,8 +81,8 @@ def _arithmetic(report: Report) -> Text:
     if report.packed:
         text.append(
             f"{_counted(numbers['global_batch_size'], 'row')} (global_batch_size) in "
-            f"{_counted(numbers['micro_batches_per_step'], 'pack')} of at most {numbers['max_length']:,} tokens = {numbers['accumulation']} accumulated × {devices}; packs are "
-            f"{numbers['fill']:.0%} full\n"
+            f"{_counted(numbers['micro_batches_per_step'], 'pack')} of at most {numbers['max_length']:,} "
+            f"tokens = {numbers['accumulation']} accumulated × {devices}; packs are {numbers['fill']:.0%} full\n"
         )
     else:
         text.append(

@@ -49,7 +49,7 @@ def runs(encoded: Encoded, opened: OpenedFolder) -> list[Run]:
 
 
 def row_text(sample: Sample, encoded: Encoded, opened: OpenedFolder, *, brackets: bool = False) -> Text:
-    """One row: a line of counts, then the coloured sequence; `brackets` enclose what is trained, for want of colours."""
+    """One row: a line of counts, then the coloured sequence; `brackets` enclose what is trained, without colours."""
     num, trained = encoded.num_tokens, encoded.num_trained
     images = len(encoded.media)
     head = f"  {num:,} tokens, {trained:,} trained ({trained / num:.0%})"

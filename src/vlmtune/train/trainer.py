@@ -14,7 +14,6 @@ from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, TrainingArguments
 
-from vlmtune.config.schema import Component
 from vlmtune.data.loader import Failed, unwrap
 from vlmtune.data.sample import Batch
 from vlmtune.nn.stand_in import StandIn
