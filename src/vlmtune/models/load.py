@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -81,8 +82,8 @@ def open_folder(path: str | os.PathLike[str], image: ImageOptions | None = None)
     try:
         tokenizer = family.tokenizer(folder)
         spec = family.media_spec(folder, tokenizer, image or ImageOptions())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # transformers reports absent or broken tokenizer and processor files with any of these.
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        # transformers reports absent or broken tokenizer and processor files with any of these; the last is config.json.
         raise WeightsError(
             "the tokenizer or the image processor cannot be opened "
             f"({type(error).__name__}: {str(error).splitlines()[0]})",

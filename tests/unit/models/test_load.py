@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -65,16 +66,22 @@ def test_no_weights_at_all(folder: Path) -> None:
         load_model(open_folder(folder))
 
 
+def _with_config(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2"}'), "'qwen2'.*not known"),
+        (lambda folder: _with_config(folder, text_config="x"), "StrictDataclass.*'text_config'"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer or the image processor"),
         (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template"),
     ],
-    ids=["no config", "broken config", "text model", "no tokenizer", "no template"],
+    ids=["no config", "broken config", "text model", "wrong type", "no tokenizer", "no template"],
 )
 def test_broken_folders(folder: Path, change: Callable[[Path], None], message: str) -> None:
     change(folder)
