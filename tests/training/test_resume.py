@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from vlmtune.config.load import load_config
 from vlmtune.errors import RunFolderError, TrainingError
-from vlmtune.train import checkpoint, folder
+from vlmtune.train import checkpoint, folder, run
 from vlmtune.train.run import train
 
 TUNINGS: dict[str, dict[str, Any]] = {
@@ -77,6 +77,15 @@ def test_signal_saves_and_leaves(tmp_path: Path, model: Path, rows: Path, number
     again = start(yaml)
     assert again.returncode == 0, again.stderr
     assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 10))
+
+
+def test_signal_before_the_first_step_ends_at_once(
+    tmp_path: Path, model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a large corpus takes long, and nothing is there to be saved."""
+    monkeypatch.setattr(run, "measure", lambda *args, **options: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(load_config(write_yaml(tmp_path, model, rows)))
 
 
 def test_half_written_checkpoints_are_named_and_removed(tmp_path: Path, model: Path, rows: Path) -> None:

@@ -78,7 +78,7 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
     run_dir = Path(config.train.output_dir)
     quantised.require(config.tuning)
     stop = StopSignal()
-    with _alone(run_dir, processes), stop.caught():
+    with _alone(run_dir, processes):
         folder.claim(run_dir, config)
         if (done := folder.finished(run_dir)) is not None:
             tell(f"This run is finished: {done['steps']} steps, best checkpoint {run_dir / done['best']}.")
@@ -106,7 +106,8 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
         job = Job(config, opened, data.plan, rates, strategy, provenance, tell, skeleton, stop)
         trainer = VlmTrainer(model, args, job, train_dataset=data.train, eval_dataset=data.eval)
         arguments.check_wrapper(strategy, trainer.accelerator.distributed_type)
-        summary = _run(trainer, run_dir, resumed, processes)
+        with stop.caught():  # before this there is nothing to save: a signal ends the process at once
+            summary = _run(trainer, run_dir, resumed, processes)
         tell(_closing(run_dir, summary, trainer))
         return _result(run_dir, summary)
 
