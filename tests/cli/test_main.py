@@ -156,9 +156,9 @@ def test_exit_codes(
 def test_a_stop_is_no_error(
     verb: Callable[[Verb], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    verb(raising(Interrupted("stopped at step 3", signal_number=15, where="runs/a", remedy="The same command goes on.")))
+    verb(raising(Interrupted("stopped at step 3", signal_number=15, where="runs/a", remedy="Start it again.")))
     assert main.main(["check", "r.yaml"]) == 143
-    assert capsys.readouterr().err == "runs/a: stopped at step 3. The same command goes on.\n"
+    assert capsys.readouterr().err == "runs/a: stopped at step 3. Start it again.\n"
     monkeypatch.setenv("RANK", "1")  # the first process has said it
     assert main.main(["check", "r.yaml"]) == 143
     assert capsys.readouterr().err == ""

@@ -83,7 +83,7 @@ def open_folder(path: str | os.PathLike[str], image: ImageOptions | None = None)
         tokenizer = family.tokenizer(folder)
         spec = family.media_spec(folder, tokenizer, image or ImageOptions())
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        # transformers reports absent or broken tokenizer and processor files with any of these; the last is config.json.
+        # transformers reports absent or broken tokenizer and processor files with any of these, and config.json.
         raise WeightsError(
             "the tokenizer or the image processor cannot be opened "
             f"({type(error).__name__}: {str(error).splitlines()[0]})",
