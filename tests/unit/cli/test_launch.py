@@ -112,6 +112,13 @@ def test_exit_code_and_last_words_of_the_rank_that_failed(tmp_path: Path, capfd:
     assert "error: row 7" in shown.err and "process 1" in shown.err and "hidden" not in shown.out + shown.err
 
 
+def test_what_all_say_is_said_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code = "time.sleep(0.5 * (1 - rank))\nprint('error: fsdp2'); sys.exit(2)\n"
+    assert launch.start(2, [], entry=_entry(tmp_path, code)) == 2
+    shown = capfd.readouterr()
+    assert (shown.out + shown.err).count("error: fsdp2") == 1
+
+
 def test_the_others_do_not_wait_for_a_dead_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_SECONDS_AFTER_A_DEATH", 0.2)
     began = time.monotonic()
