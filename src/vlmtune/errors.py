@@ -94,6 +94,8 @@ class Interrupted(VlmtuneError):
 
     exit_code = 130
 
-    def __init__(self, found: str, *, signal_number: int = 2, where: str = "", expected: str = "", remedy: str = "") -> None:
+    def __init__(
+        self, found: str, *, signal_number: int = 2, where: str = "", expected: str = "", remedy: str = ""
+    ) -> None:
         super().__init__(found, where=where, expected=expected, remedy=remedy)
         self.exit_code = 128 + signal_number
