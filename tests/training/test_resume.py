@@ -16,7 +16,7 @@ from runs import eval_losses, losses, write_yaml
 from safetensors.torch import load_file
 
 from vlmtune.config.load import load_config
-from vlmtune.errors import RunFolderError, TrainingError
+from vlmtune.errors import RunFolderError, WeightsError
 from vlmtune.train import checkpoint, folder, run
 from vlmtune.train.run import train
 
@@ -110,7 +110,7 @@ def test_disk_full_is_an_error_that_leaves_the_earlier_checkpoint(tmp_path: Path
     size = (run_dir / "checkpoint-2" / "optimizer.pt").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
     try:
-        with pytest.raises(TrainingError, match=r"could not be written.*whole checkpoints: checkpoint-2"):
+        with pytest.raises(WeightsError, match=r"could not be written.*whole checkpoints: checkpoint-2"):
             train(load_config(yaml))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 
-from vlmtune.errors import TrainingError, VlmtuneError
+from vlmtune.errors import TrainingError, VlmtuneError, WeightsError
 from vlmtune.train import checkpoint
 from vlmtune.train.best import Evaluated, best_of
 from vlmtune.train.job import Job
@@ -44,7 +44,7 @@ class SealedCheckpoints(Trainer):
             )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Writes, seals and rotates; on failure removes what was begun and raises `TrainingError`."""
+        """Writes, seals and rotates; on failure removes what was begun and raises `WeightsError`."""
         del model, trial
         folder = checkpoint.folder_of(self.run_dir, self.state.global_step)
         self.refuse_broken_loss(self._tr_loss, self.state.global_step)
@@ -53,14 +53,14 @@ class SealedCheckpoints(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             self._write_checkpoint(folder)
-        except VlmtuneError:
+        except WeightsError:
             checkpoint.remove(folder)
             raise
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except (VlmtuneError, OSError, SafetensorError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError, safetensors as its own.
             checkpoint.remove(folder)
             kept = ", ".join(path.name for path in checkpoint.whole(self.run_dir)) or "none"
-            raise TrainingError(
+            raise WeightsError(
                 f"the checkpoint could not be written ({str(error).splitlines()[0]})",
                 where=str(folder),
                 remedy=f"Free space on the disk and start the same command again; whole checkpoints: {kept}.",
