@@ -23,7 +23,7 @@ from vlmtune.files import write_atomic
 from vlmtune.infer.locate import RUN_FILE
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import open_folder
-from vlmtune.train import arguments, checkpoint, folder, weights
+from vlmtune.train import arguments, checkpoint, folder, space, weights
 from vlmtune.train.best import best_of
 from vlmtune.train.callbacks import ProgressBar, StopSignal
 from vlmtune.train.metrics import MetricsLog
@@ -99,7 +99,9 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
         set_seed(config.train.seed)  # adapters begin alike on every rank
         model = weights.load(config, source, resumed, partitioned=strategy == "zero3")
         rates = learning_rates(config.train.learning_rate, config.tuning.learning_rates)
-        tell(table(report(model, opened, rates)))
+        parameters = report(model, opened, rates)
+        tell(table(parameters))
+        space.check(run_dir, config, parameters)
         provenance = checkpoint.provenance(
             config, opened, strategy=strategy, world=processes.world, threads=torch.get_num_threads()
         )
