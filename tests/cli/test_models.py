@@ -145,7 +145,7 @@ def test_chat_reads_lines_and_survives_a_missing_picture(
     assert main(["chat", str(model), "--max-new-tokens", "3"]) == 0
     captured = capsys.readouterr()
     assert "gone.png" in captured.err and "Traceback" not in captured.err
-    assert "1 picture(s) in your next turn" in captured.out
+    assert "1 picture in your next turn" in captured.out
 
 
 def test_chat_tells_a_bad_picture_before_it_loads_the_model(

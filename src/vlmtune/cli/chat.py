@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"is {args.max_new_tokens}", where="--max-new-tokens", expected="1 or more")
     environment.allow_network(args.model)
     from vlmtune.infer.locate import locate
-    from vlmtune.infer.repl import Conversation, converse, open_picture
+    from vlmtune.infer.repl import Conversation, converse, counted_pictures, open_picture
     from vlmtune.infer.session import load_located
 
     located = locate(args.model, base=args.base, checkpoint=args.checkpoint)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.ask is not None:
         return _answer_once(conversation, args)
     if args.image:
-        _write(f"{len(args.image)} picture(s) in your first turn\n")
+        _write(f"{counted_pictures(len(pictures))} in your first turn\n")
     converse(conversation, _read, _write, _complain)
     return 0
 

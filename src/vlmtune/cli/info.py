@@ -56,7 +56,7 @@ def _machine() -> dict[str, Any]:
 
     from vlmtune.versions import PACKAGES, versions
 
-    devices = [f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    devices = [f"cpu, cores {os.cpu_count()}, threads {torch.get_num_threads()}"]
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
         devices.append(f"cuda:{i}, {found.name}, {found.total_memory / 2**30:.0f} GiB")

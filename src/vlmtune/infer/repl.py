@@ -119,7 +119,8 @@ def _command(line: str, conversation: Conversation, write: Callable[[str], None]
     if name == "/image":
         for path in _paths(rest):
             conversation.add_image(path)
-        write(f"{len(conversation.pending)} picture(s) in your next turn\n" if rest.strip() else "usage: /image PATH\n")
+        pictures = counted_pictures(len(conversation.pending))
+        write(f"{pictures} in your next turn\n" if rest.strip() else "usage: /image PATH\n")
     elif name == "/reset":
         conversation.reset()
         write("a new conversation\n")
@@ -127,6 +128,10 @@ def _command(line: str, conversation: Conversation, write: Callable[[str], None]
         write(HELP + "\n")
     else:
         write(f"there is no command {name}. {HELP}\n")
+
+
+def counted_pictures(number: int) -> str:
+    return "1 picture" if number == 1 else f"{number} pictures"
 
 
 def _paths(text: str) -> list[str]:
