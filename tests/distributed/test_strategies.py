@@ -125,6 +125,23 @@ def test_two_processes_train_like_one(together: Path, alone: dict[str, Path], st
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.timeout(600)
+def test_features_of_later_layers_and_several_position_axes(
+    tmp_path: Path, tiny_folder: Callable[[str], Path], rows: Path, eval_rows: Path
+) -> None:
+    """Qwen3-VL feeds pictures into later layers as well, and its positions come from a model of its own."""
+    model = tiny_folder("qwen3_vl")
+    one = train(make_config(tmp_path / "one", model, rows, **_sections(eval_rows, "full"))).run_dir
+    cases = []
+    for strategy in ("zero2", "zero3"):
+        yaml = write_yaml(tmp_path / strategy, model, rows, _sections(eval_rows, "full", strategy=strategy))
+        cases.append({"config": str(yaml), "wrapper": WRAPPERS[strategy], "stop_at": 0})
+    two_processes(cases, tmp_path)
+    for strategy in ("zero2", "zero3"):
+        for mine, theirs in zip(losses(tmp_path / strategy / "run"), losses(one), strict=True):
+            assert mine[1] == pytest.approx(theirs[1], rel=1e-5)
+
+
 def test_four_bits_with_ddp(tmp_path: Path, rows: Path, eval_rows: Path) -> None:
     model = save_wide("internvl", tmp_path / "model")
     tuning = {"method": "qlora", "rank": 4, "targets": ["language", "vision"], "train": ["projector"]}

@@ -7,6 +7,7 @@ inside the model's forward, and adds zero times its features to the embeddings: 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,8 +35,17 @@ class StandIn:
         del module
         if self._inputs is None:
             return None
-        features: Any = self._model.get_image_features(**self._inputs).pooler_output
-        parts = features if isinstance(features, (list, tuple)) else (features,)
+        found: Any = self._model.get_image_features(**self._inputs)
+        parts = _tensors((found.pooler_output, found.get("deepstack_features")))  # Qwen3-VL's go to later layers
         zero = torch.stack([part.sum() for part in parts]).sum() * 0.0
         embeddings = inputs["inputs_embeds"]
         return args, {**inputs, "inputs_embeds": embeddings + zero.to(embeddings.dtype)}
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of nested lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)

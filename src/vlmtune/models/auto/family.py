@@ -91,11 +91,14 @@ class AutoFamily:
         config = self.config(folder)
         image_processor = _image_processor(folder, options)
         processor = _processor(folder, config, tokenizer, image_processor)
+        rope_config = KeyedConfig(config) if config.model_type in _MULTI_AXIS else None
+        if rope_config is not None:
+            _rope_model(rope_config)  # made now: later, DeepSpeed's ZeRO-3 would want to spread it over all processes
         return AutoSpec(
             image_processor=image_processor,
             processor=processor,
             placeholder_id=int(processor.image_token_id),
-            rope_config=KeyedConfig(config) if config.model_type in _MULTI_AXIS else None,
+            rope_config=rope_config,
         )
 
     def picture_settings(self, folder: ModelFolder, options: ImageOptions) -> Mapping[str, Any]:
