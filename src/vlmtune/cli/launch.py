@@ -199,8 +199,8 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> tuple[int, int]:
     # A process that failed of itself has a positive code; those that were torn down after it come later.
     guilty = next((rank for rank in failed if children[rank].returncode > 0), failed[0])
     code = children[guilty].returncode
-    if children[0].returncode == code:
-        guilty = 0  # it failed alike and has said so
+    if code > 1 and children[0].returncode == code:
+        guilty = 0  # it was refused alike and has said so; 1 may be the echo of another's death
     return (code if code > 0 else 128 - code), guilty
 
 
