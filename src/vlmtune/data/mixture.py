@@ -65,7 +65,7 @@ def make_mixture(
     for count, own, repeat, name in zip(counts, rows, repeats, names, strict=True):
         if len(own) and not count:
             raise ConfigError(
-                f"repeat {repeat:g} of the {len(own)} rows of {name} is less than half a row",
+                f"repeat {repeat:g} of {len(own)} row{'' if len(own) == 1 else 's'} of {name} is less than half a row",
                 where="data.sources",
                 remedy="Raise `repeat`, or take the source out.",
             )
