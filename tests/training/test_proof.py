@@ -42,7 +42,8 @@ def test_cut_off_projector_is_named(tmp_path: Path, model: Path, rows: Path, mon
 
 def test_proof_can_be_switched_off(tmp_path: Path, model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _sabotaged(monkeypatch, _cut_projector)
-    train(make_config(tmp_path, model, rows, train={"first_step_proof": False}))
+    config = make_config(tmp_path, model, rows, train={"first_step_proof": False})
+    assert train(config).best.is_dir()
 
 
 def test_gradient_that_is_not_finite_is_named(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import io
 import logging
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
 
 from vlmtune import progress
+from vlmtune.config.hub import HUB_ID
 
 _QUIET_AND_PRIVATE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -28,7 +28,6 @@ _QUIET_AND_PRIVATE = {
 
 _NOISY = "torch|transformers|peft|accelerate|deepspeed|huggingface_hub|tensorboard|bitsandbytes|multiprocessing"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _offline_by_default = False
 
@@ -66,7 +65,7 @@ def allow_network(model: str) -> None:
 
     `--offline` and a variable HF_HUB_OFFLINE of the user's own stand above it.
     """
-    if _offline_by_default and _HUB_ID.fullmatch(model) and not Path(model).exists():
+    if _offline_by_default and HUB_ID.fullmatch(model) and not Path(model).exists():
         os.environ.pop("HF_HUB_OFFLINE", None)
         # Gigabytes are on their way: let that be seen.
         os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)

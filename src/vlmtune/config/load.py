@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import yaml
 from pydantic import ValidationError
 
 from vlmtune.config.explain import locate, rewrite
+from vlmtune.config.hub import HUB_ID
 from vlmtune.config.schema import FORMAT_VERSION, FullTuning, LoraTuning, RunConfig, SourceConfig
 from vlmtune.config.yaml_reader import Place, ResolvedDumper, kind_of, read_file, read_text
 from vlmtune.errors import ConfigError
 
 COMMAND_LINE = "command line"
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -163,6 +161,6 @@ def _model_path(path: str, base: Path) -> str:
     path, so that a missing model is reported as missing and not looked for in the network.
     """
     folder = _absolute(path, base)
-    if os.path.exists(folder) or not _HUB_ID.fullmatch(path):
+    if os.path.exists(folder) or not HUB_ID.fullmatch(path):
         return folder
     return folder if os.path.isdir(os.path.dirname(folder)) else path

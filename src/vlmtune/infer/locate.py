@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vlmtune.config.hub import HUB_ID
 from vlmtune.config.schema import FORMAT_VERSION, ImageOptions
 from vlmtune.errors import UsageError, WeightsError
 
@@ -20,7 +20,6 @@ BEST_FILE = "best.json"
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
 MAX_IMAGE_PIXELS = 178_956_970
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +79,7 @@ def _folder(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     # `models/x` has the form of a hub id too; where a folder `models` exists it is meant as a path.
-    if _HUB_ID.fullmatch(str(path)) and not folder.parent.is_dir():
+    if HUB_ID.fullmatch(str(path)) and not folder.parent.is_dir():
         from vlmtune.models.load import read_folder
 
         return read_folder(str(path)).path
@@ -128,7 +127,7 @@ def _base_of(folder: Path, given: str | Path | None) -> Path:
     named = given or _read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not named:
         raise WeightsError("the adapter names no base model", where=str(folder), remedy="Point to it: --base DIR.")
-    if _HUB_ID.fullmatch(str(named)) and not any(Path(place, named).exists() for place in ("", folder)):
+    if HUB_ID.fullmatch(str(named)) and not any(Path(place, named).exists() for place in ("", folder)):
         return _folder(named)
     base = Path(named).expanduser()
     if not base.is_absolute():

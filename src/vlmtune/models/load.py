@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from vlmtune.config.hub import HUB_ID
 from vlmtune.config.schema import ImageOptions
 from vlmtune.errors import WeightsError
 from vlmtune.models.family import ModelFolder, OpenedFolder
@@ -24,7 +24,6 @@ from vlmtune.models.text import TextEncoder
 from vlmtune.nn.attention import PACKED
 from vlmtune.weights import strict
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NOT_FETCHED = ["*.py", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]
 
 
@@ -54,7 +53,7 @@ def _fetch(name: str) -> Path:
     """Downloads a hub repository's safetensors and configuration; no code, no pickles."""
     import huggingface_hub
 
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise WeightsError("there is no such folder", where=f"model.path: {name}", remedy="Correct the path.")
     try:
         return Path(huggingface_hub.snapshot_download(name, ignore_patterns=_NOT_FETCHED))

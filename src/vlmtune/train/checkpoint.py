@@ -7,9 +7,7 @@ size and hash. Without it, or if the files do not fit it, the folder is a leftov
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from vlmtune.files import sha256, write_atomic
 from vlmtune.infer.locate import BEST_FILE, MANIFEST, PROVENANCE, RUN_FILE
 from vlmtune.models.family import OpenedFolder
 from vlmtune.train.best import Evaluated
+from vlmtune.versions import PACKAGES, versions
 from vlmtune.weights import names
 from vlmtune.weights.shards import Shards
 
@@ -35,18 +34,6 @@ _COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _NOT_COMPANIONS = {
     "config.json", "adapter_config.json", "best.json", MANIFEST, PROVENANCE, STATE_FILE, "requirements.txt",
 }  # fmt: skip
-_VERSIONS_OF = (
-    "vlmtune",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "safetensors",
-    "tokenizers",
-    "pillow",
-    "numpy",
-    "bitsandbytes",
-)
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -195,16 +182,8 @@ def provenance(config: RunConfig, opened: OpenedFolder, *, strategy: str, world:
         "strategy": strategy,
         "world": world,
         "threads": threads,
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _VERSIONS_OF},
+        "versions": versions((*PACKAGES, "numpy", "bitsandbytes", "deepspeed")),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None  # run from a source tree that is not installed
 
 
 def fingerprint(folder: Path) -> str:

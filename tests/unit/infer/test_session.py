@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,8 +111,11 @@ def test_a_reader_who_leaves_stops_the_generation(session: Session, rows_file: P
     endless = replace(session.opened.chat, stop_ids=(session.opened.tokenizer.pad_token_id,))
     talker = Session(session.model, replace(session.opened, chat=endless), session.located)
     pieces = talker.stream(prompts(rows_file)[0], 100_000)
+    before = threading.active_count()
     next(pieces)
-    pieces.close()  # returns only once the thread has ended
+    assert threading.active_count() > before
+    pieces.close()
+    assert threading.active_count() == before
 
 
 def test_half_a_character_is_held_back() -> None:
