@@ -89,7 +89,7 @@ def main() -> None:
             start = time.perf_counter()
             corpus = open_corpus([SourceConfig(path=str(rows), root=str(folder / "pictures"))])
             indexed = time.perf_counter()
-            measured = measure(corpus, opened, max_image_pixels=10**8, workers=options.workers)
+            measured = measure(corpus, opened, workers=options.workers)
             done = time.perf_counter()
         if measured.bad:
             raise SystemExit(f"the benchmark's own rows are bad: {measured.bad[0]}")

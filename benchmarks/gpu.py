@@ -40,7 +40,7 @@ PIXELS = 10**8
 
 
 def batch_of(rows: list[list[Encoded]], opened: OpenedFolder) -> Batch:
-    return collate(rows, opened, max_image_pixels=PIXELS, stand_in=False)
+    return collate(rows, opened, stand_in=False)
 
 
 def logits(model: torch.nn.Module, batch: Batch, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -56,7 +56,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def check_kind(kind: str, folder: Path, device: torch.device) -> list[str]:
     opened = open_folder(save_tiny(kind, folder / kind))
-    rows = [encode(sample, opened, max_image_pixels=PIXELS) for sample in varied_samples(folder)]
+    rows = [encode(sample, opened) for sample in varied_samples(folder)]
     pack, singles = batch_of([rows], opened), [batch_of([[row]], opened) for row in rows]
     reference_model = load_model(opened, dtype=torch.float32).eval()
     reference = torch.cat([logits(reference_model, one, torch.device("cpu"), torch.float32) for one in singles])
@@ -168,7 +168,7 @@ def main() -> None:
         corpus = open_corpus([SourceConfig(path=str(folder / "rows.jsonl"), root=str(folder / "pictures"))])
         rows: list[Encoded] = []
         for number in range(len(corpus)):
-            row = encode(corpus.sample(number), opened, max_image_pixels=PIXELS)
+            row = encode(corpus.sample(number), opened)
             if sum(one.num_tokens for one in rows) + row.num_tokens > options.length:
                 break
             rows.append(row)

@@ -73,7 +73,7 @@ def speeds_of_bare_loop(config: RunConfig) -> list[float]:
     opened = open_folder(config.model.path)
     model = load_model(opened, dtype=torch.float32).train()
     corpus = open_corpus(config.data.sources)
-    measured = measure(corpus, opened, max_image_pixels=10**8, workers=0)
+    measured = measure(corpus, opened, workers=0)
     packed = config.data.packing
     plan = make_plan(measured, corpus, config, world=1, packed=packed)
     data = MicroBatches(corpus, opened, plan, config, stand_in=False, packed=packed)

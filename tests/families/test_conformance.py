@@ -41,11 +41,11 @@ def samples(tmp_path: Path) -> list[Sample]:
 
 
 def encoded(samples: list[Sample], opened: OpenedFolder) -> list[Encoded]:
-    return [encode(sample, opened, max_image_pixels=PIXELS) for sample in samples]
+    return [encode(sample, opened) for sample in samples]
 
 
 def batch_of(rows: list[list[Encoded]], opened: OpenedFolder, *, stand_in: bool = False) -> Batch:
-    return collate(rows, opened, max_image_pixels=PIXELS, stand_in=stand_in)
+    return collate(rows, opened, stand_in=stand_in)
 
 
 def reference_inputs(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> dict[str, torch.Tensor]:
@@ -96,17 +96,17 @@ def test_ids_equal_plain_transformers(opened: OpenedFolder, samples: list[Sample
             continue  # the template joins texts around pictures with spaces of its own, see the test below
         unmarked = _without_mark_newline(sample)
         expected = reference_inputs(unmarked, opened, prompt=False)["input_ids"][0]
-        assert encode(sample, opened, max_image_pixels=PIXELS).input_ids.tolist() == expected.tolist(), sample.origin
+        assert encode(sample, opened).input_ids.tolist() == expected.tolist(), sample.origin
         question = Sample(messages=unmarked.messages[:-1], origin=sample.origin)
         expected = reference_inputs(question, opened, prompt=True)["input_ids"][0]
-        assert encode_prompt(question, opened, max_image_pixels=PIXELS).input_ids.tolist() == expected.tolist()
+        assert encode_prompt(question, opened).input_ids.tolist() == expected.tolist()
 
 
 def test_interleaved_pictures_equal_plain_transformers(opened: OpenedFolder, tmp_path: Path) -> None:
     first, second = write_picture(tmp_path, (64, 64), 1), write_picture(tmp_path, (50, 70), 2)
     sample = conversation(("user", ["Left", first, "right", second, "which?"]), ("assistant", ["left"]))
     expected = reference_inputs(sample, opened, prompt=False)["input_ids"][0]
-    assert encode(sample, opened, max_image_pixels=PIXELS).input_ids.tolist() == expected.tolist()
+    assert encode(sample, opened).input_ids.tolist() == expected.tolist()
 
 
 def _without_mark_newline(sample: Sample) -> Sample:
@@ -120,7 +120,7 @@ def _without_mark_newline(sample: Sample) -> Sample:
 
 def test_trained_are_the_answers_and_their_stops(opened: OpenedFolder, samples: list[Sample]) -> None:
     for sample in samples:
-        row = encode(sample, opened, max_image_pixels=PIXELS)
+        row = encode(sample, opened)
         kept = row.labels != IGNORED
         assert (row.labels[kept] == row.input_ids[kept]).all()
         answers = [message.text for message in sample.messages if message.role == "assistant"]
@@ -134,7 +134,7 @@ def test_special_text_in_words_stays_text(opened: OpenedFolder, tmp_path: Path) 
     placeholder = opened.spec.processor.image_token
     stop = opened.chat.stop
     words = f"write {placeholder} and {stop} here"
-    row = encode(conversation(("user", [words]), ("assistant", [words])), opened, max_image_pixels=PIXELS)
+    row = encode(conversation(("user", [words]), ("assistant", [words])), opened)
     assert not np.isin(row.input_ids, [opened.spec.placeholder_id]).any()
     assert row.spans == ()
     kept = row.labels != IGNORED
@@ -216,7 +216,7 @@ def test_packed_equals_padded_equals_single(
 def test_logits_at_supervised_positions_equal_the_full_ones(
     opened: OpenedFolder, model: torch.nn.Module, samples: list[Sample]
 ) -> None:
-    row = encode(samples[1], opened, max_image_pixels=PIXELS)
+    row = encode(samples[1], opened)
     batch = batch_of([[row]], opened)
     inputs = dict(batch.inputs)
     keep = inputs.pop("logits_to_keep")
@@ -266,10 +266,10 @@ def test_generation_from_a_padded_batch_equals_one_by_one(
 ) -> None:
     exact = copy.deepcopy(model).double()
     questions = [Sample(messages=sample.messages[:-1], origin=sample.origin) for sample in samples]
-    prompts = [encode_prompt(question, opened, max_image_pixels=PIXELS) for question in questions]
+    prompts = [encode_prompt(question, opened) for question in questions]
 
     def generate(chosen: list[Encoded]) -> list[list[int]]:
-        inputs = prompt_batch(chosen, opened, max_image_pixels=PIXELS)
+        inputs = prompt_batch(chosen, opened)
         inputs = {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
         out = exact.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
         return out[:, inputs["input_ids"].shape[1] :].tolist()
@@ -282,6 +282,6 @@ def test_generation_from_a_padded_batch_equals_one_by_one(
 def test_opened_folder_survives_a_process_border(opened: OpenedFolder, samples: list[Sample]) -> None:
     again = pickle.loads(pickle.dumps(opened))
     for sample in samples:
-        first, second = (encode(sample, one, max_image_pixels=PIXELS) for one in (opened, again))
+        first, second = (encode(sample, one) for one in (opened, again))
         assert first.input_ids.tolist() == second.input_ids.tolist()
         assert first.spans == second.spans

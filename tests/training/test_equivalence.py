@@ -72,14 +72,14 @@ def test_first_loss_and_gradients_equal_the_models_own(
 ) -> None:
     """Packed and padded batches against transformers' own `labels=` on each row alone, in float64."""
     opened = open_folder(tiny_folder(kind))
-    samples = [encode(sample, opened, max_image_pixels=10**6) for sample in _samples(rows)]
+    samples = [encode(sample, opened) for sample in _samples(rows)]
     own, own_gradients = _own(kind, tiny_folder, samples)
     shapes = {"padded": [[sample] for sample in samples]}
     if opened.why_not_packed is None:
         shapes["packed"] = [samples]
     for name, shape in shapes.items():
         model = load_model(opened, dtype=torch.float64)
-        batch = collate(shape, opened, max_image_pixels=10**6, stand_in=False)
+        batch = collate(shape, opened, stand_in=False)
         loss = _loss(model, batch) / len(batch.targets)
         loss.backward()
         assert float(loss) == pytest.approx(own, rel=1e-6), name
@@ -104,7 +104,7 @@ def _own(
     total = sum(sample.num_trained for sample in samples)
     whole = 0.0
     for sample in samples:
-        inputs = dict(collate([[sample]], opened, max_image_pixels=10**6, stand_in=False).inputs)
+        inputs = dict(collate([[sample]], opened, stand_in=False).inputs)
         inputs.pop("logits_to_keep")
         inputs.pop("position_ids")
         logits = model(**_float64(inputs)).logits[0]
@@ -130,11 +130,11 @@ def _loss(model: Any, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 def test_stand_in_changes_neither_loss_nor_gradients(tiny_folder: Callable[[str], Path], rows: Path, kind: str) -> None:
     opened = open_folder(tiny_folder(kind))
-    text_only = [encode(_samples(rows)[2], opened, max_image_pixels=10**6)]
+    text_only = [encode(_samples(rows)[2], opened)]
     results = []
     for stand_in in (False, True):
         model = load_model(opened, dtype=torch.float64)
-        batch = collate([text_only], opened, max_image_pixels=10**6, stand_in=stand_in)
+        batch = collate([text_only], opened, stand_in=stand_in)
         installed = StandIn(model)
         installed.set(_float64(batch.stand_in) if batch.stand_in else None)
         loss = _loss(model, batch)

@@ -127,8 +127,8 @@ def test_checkpoint_alone_gives_the_eval_loss_of_the_run(
     corpus = open_corpus((SourceConfig(path=str(eval_rows)),), allow=())
     total, tokens = 0.0, 0
     for i in range(len(corpus)):
-        sample = encode(corpus.sample(i), opened, max_image_pixels=10**6)
-        inputs = dict(collate([[sample]], opened, max_image_pixels=10**6, stand_in=False).inputs)
+        sample = encode(corpus.sample(i), opened)
+        inputs = dict(collate([[sample]], opened, stand_in=False).inputs)
         del inputs["logits_to_keep"]
         labels = torch.from_numpy(sample.labels.astype("int64"))[None]
         with torch.no_grad():

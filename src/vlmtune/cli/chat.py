@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
     located = locate(args.model, base=args.base, checkpoint=args.checkpoint)
     # A wrong picture is told before the model is loaded, which takes longer.
-    pictures = [open_picture(path, located.max_image_pixels) for path in args.image]
+    pictures = [open_picture(path, located.media) for path in args.image]
     session = load_located(located, device=args.device, dtype=args.dtype)
     conversation = Conversation(session, args.max_new_tokens, pending=pictures)
     if args.ask is not None:

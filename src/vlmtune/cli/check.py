@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from vlmtune.files import write_atomic
     from vlmtune.models.load import open_folder
 
-    opened = open_folder(config.model.path, config.model.image)
+    opened = open_folder(config.model.path, config.media)
     report = check(config, opened, world=args.devices, decode=args.decode)
     if args.json:
         write_atomic(args.json, json.dumps(report.as_dict(), ensure_ascii=False, indent=1) + "\n")

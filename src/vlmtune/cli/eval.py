@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             remedy=f"Train it, or give --model PATH; `--model {config.model.path}` evaluates the base model.",
         )
     environment.allow_network(model)
-    from vlmtune.config.schema import SourceConfig
+    from vlmtune.config.schema import AnySource, SourceConfig
     from vlmtune.data.sources import open_corpus
     from vlmtune.eval.run import evaluate, write_results
     from vlmtune.infer.locate import locate
@@ -61,21 +61,20 @@ def run(args: argparse.Namespace) -> int:
 
     if args.data:
         root = str(Path(args.root).absolute()) if args.root else None
-        sources: tuple[SourceConfig, ...] = (SourceConfig(path=str(Path(args.data).absolute()), root=root),)
+        sources: tuple[AnySource, ...] = (SourceConfig(path=str(Path(args.data).absolute()), root=root),)
     else:
         assert config is not None
         sources = config.data.eval
     corpus = open_corpus(sources, allow=config.data.allow if config else ())
     located = locate(model, base=args.base, checkpoint=args.checkpoint)
     if config:  # the YAML, with its overrides, says how pictures are cut: for the model before training as well
-        limit = config.data.max_image_pixels
-        located = replace(located, image=config.model.image, max_image_pixels=limit)
+        located = replace(located, media=config.media)
     session = load_located(located, device=args.device, dtype=args.dtype)
     settings = _settings(args, config)
     result = evaluate(session, corpus, settings)
     out = Path(args.output) if args.output else _default_output(args, config)
     written = write_results(out, result, session, corpus, settings)
-    _print(result, str(session.located.path), [source.path for source in sources])
+    _print(result, str(session.located.path), corpus.names)
     print(f"\nwrote {written} and {written.with_name('predictions.jsonl').name}")
     return 0
 

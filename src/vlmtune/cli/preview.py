@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     corpus = open_corpus(config.data.sources, allow=config.data.allow)
     rows = [corpus.find(args.row)] if args.row else first_rows(corpus, config, max(args.n, 1))
-    opened = open_folder(config.model.path, config.model.image)
+    opened = open_folder(config.model.path, config.media)
     console = Console(highlight=False)
     colourless = console.color_system is None or console.no_color  # a pipe, a file, NO_COLOR
     unwrapped = not console.is_terminal  # a line of the text stays one line for `grep`
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     for row in rows:
         try:
             sample = corpus.sample(row)
-            encoded = encode(sample, opened, max_image_pixels=config.data.max_image_pixels)
+            encoded = encode(sample, opened)
             console.print(row_text(sample, encoded, opened, brackets=colourless), end="\n\n", soft_wrap=unwrapped)
         except DataError as error:
             console.print(Text(str(error), "red"), end="\n\n", soft_wrap=unwrapped)

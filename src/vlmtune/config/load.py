@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from vlmtune.config.explain import locate, rewrite
 from vlmtune.config.hub import HUB_ID
-from vlmtune.config.schema import FORMAT_VERSION, FullTuning, LoraTuning, RunConfig, SourceConfig
+from vlmtune.config.schema import FORMAT_VERSION, AnySource, FullTuning, HubSource, LoraTuning, RunConfig, XTunerLists
 from vlmtune.config.yaml_reader import Place, ResolvedDumper, kind_of, read_file, read_text
 from vlmtune.errors import ConfigError
 
@@ -133,14 +133,26 @@ def _with_absolute_paths(config: RunConfig, file: Path) -> RunConfig:
     """Anchor every path of the configuration at the folder of the YAML `file`."""
     base = file.parent
 
-    def source(entry: SourceConfig) -> SourceConfig:
-        root = None if entry.root is None else _absolute(entry.root, base)
-        return entry.model_copy(update={"path": _absolute(entry.path, base), "root": root})
+    def path(text: str) -> str:
+        return _absolute(text, base)
+
+    def source(entry: AnySource) -> AnySource:
+        if isinstance(entry, XTunerLists):
+            folders = tuple(folder if folder is None else path(folder) for folder in entry.image_folders)
+            return entry.model_copy(update={"data_paths": tuple(map(path, entry.data_paths)), "image_folders": folders})
+        prefixes = {old: path(new) + "/" * new.endswith("/") for old, new in entry.replace_prefix.items()}
+        if isinstance(entry, HubSource):
+            return entry.model_copy(update={"replace_prefix": prefixes})
+        root = entry.root
+        if root is not None:
+            root = path(root) if isinstance(root, str) else tuple(map(path, root))
+        return entry.model_copy(update={"path": path(entry.path), "root": root, "replace_prefix": prefixes})
 
     data = config.data.model_copy(
         update={
             "sources": tuple(source(entry) for entry in config.data.sources),
             "eval": tuple(source(entry) for entry in config.data.eval),
+            "prepared": config.data.prepared and path(config.data.prepared),
             "allow": tuple(_absolute(folder, base) for folder in config.data.allow),
         }
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 FORMAT_VERSION = 1
 
@@ -33,6 +33,34 @@ class ImageOptions(Section):
     """Smallest area after resizing, in pixels."""
 
 
+class VideoOptions(Section):
+    """Which frames of a video become pictures; eight spread evenly when neither is given."""
+
+    num_frames: Annotated[int, Field(ge=1)] | None = None
+    """Frames spread evenly from the first to the last; both ends are always among them."""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """Frames per second of the film instead of a number of frames."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> VideoOptions:
+        if self.num_frames is not None and self.fps is not None:
+            raise ValueError("num_frames and fps are two ways to choose frames; give one of them")
+        return self
+
+
+MAX_IMAGE_PIXELS = 178_956_970  # Pillow opens nothing larger than twice its warning limit
+
+
+class MediaOptions(Section):
+    """How pictures and videos are read: what a run and a session have to agree on. Not written in a YAML as such."""
+
+    image: ImageOptions = ImageOptions()
+    video: VideoOptions = VideoOptions()
+    boxes: Literal["thousand", "pixels", "unit"] | None = None
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    exif: Literal["apply", "ignore"] | None = None
+
+
 PathText = Annotated[str, Field(min_length=1)]  # `config.load` makes it absolute
 
 
@@ -41,6 +69,11 @@ class ModelConfig(Section):
     """Folder of the pretrained model (or a hub id, which needs the network)."""
     image: ImageOptions = ImageOptions()
     """How pictures are cut."""
+    video: VideoOptions = VideoOptions()
+    """Which frames of a video are seen."""
+    boxes: Literal["thousand", "pixels", "unit"] | None = None
+    """How boxes are written in the text: 0–1000 of the picture, pixels after the resize, or 0–1; the model's own
+    convention when left out."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of transformers."""
 
@@ -104,18 +137,99 @@ def _rates_belong_to_trained(rates: dict[Component, float], trained: set[Compone
         raise ValueError(f"learning_rates names {', '.join(idle)}, which is not trained")
 
 
-class SourceConfig(Section):
+class Mixed(Section):
+    """How often the rows of a source come in an epoch, and how they are read; the same for every kind of source."""
+
+    repeat: Annotated[float, Field(gt=0)] | None = None
+    """How often each row comes in an epoch (1 when nothing is said); 1.5 takes half of the rows twice, seeded."""
+    choose: Annotated[int, Field(ge=1)] | None = None
+    """Rows that an epoch takes, whatever the source holds: every row as evenly as possible."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the rows among all sources with a weight, which together give as many rows as they hold."""
+    image: ImageOptions | None = None
+    """How pictures of this source are cut, where it differs from `model.image`."""
+    data_augment: bool = False
+    """Save each picture as a JPEG of a random quality from 75 to 100 before it is cut (seeded), as InternVL does."""
+    replace_prefix: dict[str, str] = {}
+    """Beginnings of media paths and what to read instead: `{/data/old/: images/}`."""
+    prompt: str | None = None
+    """The question for rows that hold a picture and its caption only, with an `<image>` mark."""
+    columns: dict[str, str] = {}
+    """Names that vlmtune knows (`question`, `answer`, `image`, `messages`, …) and the rows' own names for them."""
+
+    @model_validator(mode="after")
+    def _one_way_to_mix(self) -> Mixed:
+        given = [name for name in ("repeat", "choose", "weight") if name in self.model_fields_set]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} say the same thing in different ways; give one of them")
+        return self
+
+
+class SourceConfig(Mixed):
     path: PathText
-    """A .json list or a .jsonl file."""
-    root: PathText | None = None
-    """Folder that relative media paths start from; the folder of `path` when left out."""
-    repeat: Annotated[float, Field(gt=0)] = 1.0
-    """How often each row comes in an epoch; 1.5 takes half of the rows twice (seeded, without replacement)."""
+    """A .json list, a .jsonl file, an InternVL meta .json, an XComposer .txt list, a .parquet file, a folder that the
+    `datasets` library wrote, or WebDataset .tar shards (`*` and `{000..012}` are understood)."""
+    root: PathText | tuple[PathText, ...] | None = None
+    """Folder that relative media paths start from, or the tar file(s) whose members they name (parts of a split tar are
+    read as one); the folder of `path` when left out."""
+    split: str | None = None
+    """Split of a dataset folder (`train` when it has several)."""
+    given_num: bool = True
+    """Numbers in an XComposer .txt list are thousands of rows per epoch; false: they are ratios."""
+
+
+class HubSource(Mixed):
+    hub: Annotated[str, Field(min_length=1)]
+    """A dataset repository on the hub, `owner/name`; fetched once, then read like a folder."""
+    split: str | None = None
+    """Split to read (`train` when it has several)."""
+    data_files: tuple[str, ...] = ()
+    """Patterns of the files to fetch; all when left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_pattern_needs_no_list(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("data_files"), str):
+            values = {**values, "data_files": (values["data_files"],)}
+        return values
+
+
+class XTunerLists(Section):
+    """Three lists of one length, as in XTuner's configs."""
+
+    data_paths: Annotated[tuple[PathText, ...], Field(min_length=1)]
+    """Annotation files."""
+    image_folders: tuple[PathText | None, ...]
+    """Media folder of each file; null for rows without pictures."""
+    repeat_times: tuple[Annotated[float, Field(gt=0)], ...]
+    """How often each row of each file comes in an epoch."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> XTunerLists:
+        lengths = [len(self.data_paths), len(self.image_folders), len(self.repeat_times)]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"data_paths, image_folders and repeat_times have {lengths[0]}, {lengths[1]} and {lengths[2]} entries; "
+                "give every file its folder (or null) and its number"
+            )
+        return self
+
+
+def _kind_of_source(value: Any) -> str:
+    if isinstance(value, dict):
+        return "lists" if "data_paths" in value else "hub" if "hub" in value else "file"
+    return "lists" if isinstance(value, XTunerLists) else "hub" if isinstance(value, HubSource) else "file"
+
+
+AnySource = Annotated[
+    Annotated[SourceConfig, Tag("file")] | Annotated[HubSource, Tag("hub")] | Annotated[XTunerLists, Tag("lists")],
+    Discriminator(_kind_of_source),
+]
 
 
 class DataConfig(Section):
-    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1)]
-    eval: tuple[SourceConfig, ...] = ()
+    sources: Annotated[tuple[AnySource, ...], Field(min_length=1)]
+    eval: tuple[AnySource, ...] = ()
     """Held-out sources; takes what `sources` takes (a single one may stand without a list)."""
     allow: tuple[PathText, ...] = ()
     """Folders outside the roots that absolute media paths may point into."""
@@ -125,7 +239,15 @@ class DataConfig(Section):
     """What happens to a row longer than `max_length`: refuse the run, or drop the row and count it."""
     packing: bool = True
     """Put several rows in one sequence, isolated from each other."""
-    max_image_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 178_956_970
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """What happens to rows that cannot be trained: refuse the run, or drop them, list them and count them."""
+    max_bad_share: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Share of bad rows over which a run is refused although `bad_rows` says drop."""
+    prepared: PathText | None = None
+    """Folder of the prepared rows (see `vlmtune prepare`); `.prepared` beside the run folder when left out."""
+    exif: Literal["apply", "ignore"] | None = None
+    """Whether a photo is turned as its EXIF orientation says; the model family's own habit when left out."""
+    max_image_pixels: Annotated[int, Field(ge=1, le=MAX_IMAGE_PIXELS)] = MAX_IMAGE_PIXELS
     """Pictures with more pixels than this are refused as decompression bombs; Pillow opens none above the default."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode pictures, and that read rows in `check`; 0 does it in the main process."""
@@ -156,6 +278,9 @@ class TrainConfig(Section):
     """Stop after this many optimizer steps, whatever `epochs` says."""
     global_batch_size: Annotated[int, Field(ge=1)] = 16
     """Rows per optimizer step over all devices; accumulation is derived from it."""
+    global_batch_tokens: Annotated[int, Field(ge=8)] | None = None
+    """Tokens per optimizer step instead of rows: a step takes this many ÷ `data.max_length` packs, filled over the
+    whole epoch; needs packing."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 1
     """Rows per device and forward pass; with packing a micro batch is one pack and this is not used."""
     learning_rate: Annotated[float, Field(gt=0)] = 2.0e-5
@@ -217,6 +342,17 @@ class RunConfig(Section):
         if self.train.early_stopping and not self.data.eval:
             raise ValueError("train.early_stopping needs data.eval: without held-out rows there is nothing to watch")
         return self
+
+    @property
+    def media(self) -> MediaOptions:
+        """How pictures and videos are read."""
+        return MediaOptions(
+            image=self.model.image,
+            video=self.model.video,
+            boxes=self.model.boxes,
+            max_image_pixels=self.data.max_image_pixels,
+            exif=self.data.exif,
+        )
 
     @model_validator(mode="after")
     def _four_bits_are_not_sharded(self) -> RunConfig:

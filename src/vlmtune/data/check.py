@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmtune.config.schema import RunConfig, SourceConfig
+from vlmtune.config.schema import AnySource, RunConfig
 from vlmtune.data.measure import SMALL_SIDE, BadRow, Measured, measure, too_long
 from vlmtune.data.mixture import exact_count
 from vlmtune.data.packing import TrainPlan, plan_rows, refuse_repeat
@@ -169,10 +169,10 @@ def check(config: RunConfig, opened: OpenedFolder, *, world: int = 1, decode: bo
     return report
 
 
-def _part(sources: tuple[SourceConfig, ...], config: RunConfig, opened: OpenedFolder, decode: bool) -> Part:
+def _part(sources: tuple[AnySource, ...], config: RunConfig, opened: OpenedFolder, decode: bool) -> Part:
     data = config.data
     corpus = open_corpus(sources, allow=data.allow)
-    measured = measure(corpus, opened, max_image_pixels=data.max_image_pixels, workers=data.workers, decode=decode)
+    measured = measure(corpus, opened, workers=data.workers, decode=decode)
     long = measured.num_tokens > data.max_length
     usable = (measured.num_tokens > 0) & ~long
     bad = list(measured.bad)
@@ -187,14 +187,14 @@ def _part(sources: tuple[SourceConfig, ...], config: RunConfig, opened: OpenedFo
         counts.append(
             SourceCounts(
                 name=source.name,
-                repeat=source.repeat,
+                repeat=source.options.repeat or 1.0,
                 rows=len(kept),
                 bad=len(kept) - int(kept.sum()) - num_dropped,
                 dropped=num_dropped,
                 images=int(measured.num_images[own][kept].sum()),
                 tokens=int(measured.num_tokens[own][kept].sum(dtype=np.int64)),
                 trained_tokens=int(measured.num_trained[own][kept].sum(dtype=np.int64)),
-                epoch_rows=exact_count(source.repeat, int(kept.sum())),
+                epoch_rows=exact_count(source.options.repeat or 1.0, int(kept.sum())),
             )
         )
     return Part(corpus=corpus, measured=measured, usable=usable, bad=bad, sources=counts)
@@ -241,11 +241,11 @@ def _warnings(report: Report) -> list[str]:
     warnings = [*_odd_rows(report.train), *(_odd_rows(report.eval) if report.eval else [])]
     warnings += _common_answer(report.train)
     if report.eval:
-        trained = {source.index.digest: source.name for source in report.train.corpus.sources}
+        trained = {source.rows.digest: source.name for source in report.train.corpus.sources}
         for source in report.eval.corpus.sources:
-            if source.index.digest in trained:
+            if source.rows.digest in trained:
                 warnings.append(
-                    f"{source.name} under data.eval is the same file as {trained[source.index.digest]} under "
+                    f"{source.name} under data.eval is the same file as {trained[source.rows.digest]} under "
                     "data.sources: the eval loss will say nothing about new rows."
                 )
     return warnings

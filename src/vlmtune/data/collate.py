@@ -18,7 +18,7 @@ from vlmtune.models.family import OpenedFolder
 Pixels = dict[str, torch.Tensor]
 
 
-def collate(rows: Sequence[Sequence[Encoded]], opened: OpenedFolder, *, max_image_pixels: int, stand_in: bool) -> Batch:
+def collate(rows: Sequence[Sequence[Encoded]], opened: OpenedFolder, *, stand_in: bool) -> Batch:
     """One micro batch.
 
     `rows[b]` are the samples laid end to end in row b. A single row is the packed form (1, L): position_ids restart at
@@ -29,7 +29,7 @@ def collate(rows: Sequence[Sequence[Encoded]], opened: OpenedFolder, *, max_imag
     """
     if len(rows) > 1 and any(len(row) != 1 for row in rows):
         raise ValueError("a padded batch holds one sample per row; packs come one at a time")
-    pixels = [[picture for sample in row for picture in _pictures(sample, opened, max_image_pixels)] for row in rows]
+    pixels = [[picture for sample in row for picture in _pictures(sample, opened)] for row in rows]
     lengths = [sum(sample.num_tokens for sample in row) for row in rows]
     ids, labels = _blank(rows, lengths, opened)
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
@@ -52,7 +52,7 @@ def collate(rows: Sequence[Sequence[Encoded]], opened: OpenedFolder, *, max_imag
     )
 
 
-def prompt_batch(prompts: Sequence[Encoded], opened: OpenedFolder, *, max_image_pixels: int) -> dict[str, Any]:
+def prompt_batch(prompts: Sequence[Encoded], opened: OpenedFolder) -> dict[str, Any]:
     """Prompts as arguments of `generate`, padded on the left to (B, L)."""
     width = max(prompt.num_tokens for prompt in prompts)
     ids = torch.full((len(prompts), width), _pad_id(opened), dtype=torch.long)
@@ -62,7 +62,7 @@ def prompt_batch(prompts: Sequence[Encoded], opened: OpenedFolder, *, max_image_
         start = width - prompt.num_tokens
         ids[row, start:] = torch.from_numpy(prompt.input_ids.astype(np.int64))
         mask[row, start:] = 1
-        pixels += _pictures(prompt, opened, max_image_pixels)
+        pixels += _pictures(prompt, opened)
     return {
         "input_ids": ids,
         "attention_mask": mask,
@@ -78,11 +78,11 @@ def smallest_picture(opened: OpenedFolder) -> Pixels:
     return opened.family.collate_pixels([opened.family.pixels(picture, plan, opened.spec)], opened.spec)
 
 
-def _pictures(sample: Encoded, opened: OpenedFolder, max_image_pixels: int) -> list[Pixels]:
+def _pictures(sample: Encoded, opened: OpenedFolder) -> list[Pixels]:
     pixels = []
     for ref, plan in sample.media:
         try:
-            picture = media.open_image(ref, max_pixels=max_image_pixels)
+            picture = media.open_image(ref, opened.media)
         except DataError as error:
             raise with_origin(error, sample.origin) from error
         if picture.size != plan.size:
@@ -92,7 +92,7 @@ def _pictures(sample: Encoded, opened: OpenedFolder, max_image_pixels: int) -> l
                 where=sample.origin,
                 remedy="Do not change the data during a run.",
             )
-        pixels.append(opened.family.pixels(picture, plan, opened.spec))
+        pixels.append(opened.family.pixels(picture, plan, sample.spec))
     return pixels
 
 

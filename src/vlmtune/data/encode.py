@@ -19,20 +19,20 @@ from vlmtune.models.text import Segment
 Piece = Segment | int  # text, or the index of a picture of the sample
 
 
-def encode(sample: Sample, opened: OpenedFolder, *, max_image_pixels: int) -> Encoded:
+def encode(sample: Sample, opened: OpenedFolder) -> Encoded:
     """A training row: every answer and the stop behind it is trained, everything else is context.
 
     Raises:
         DataError: a picture that cannot be read, a turn that the chat format has no place for; with the row's origin.
     """
-    return _encode(sample, opened, prompt=False, max_image_pixels=max_image_pixels)
+    return _encode(sample, opened, prompt=False)
 
 
-def encode_prompt(sample: Sample, opened: OpenedFolder, *, max_image_pixels: int) -> Encoded:
+def encode_prompt(sample: Sample, opened: OpenedFolder) -> Encoded:
     """The same ids as in training up to the point where the next answer begins; the last turn is the user's."""
     if not sample.messages or sample.messages[-1].role != "user":
         raise DataError("the last turn is not the user's, so there is nothing to answer", where=sample.origin)
-    return _encode(sample, opened, prompt=True, max_image_pixels=max_image_pixels)
+    return _encode(sample, opened, prompt=True)
 
 
 def lay(messages: Sequence[Message], chat: ChatFormat, *, prompt: bool) -> list[Piece]:
@@ -117,9 +117,9 @@ def _fold(parts: Sequence[Part]) -> list[str | None]:
     return [part for part in folded if part is None or part]
 
 
-def _encode(sample: Sample, opened: OpenedFolder, *, prompt: bool, max_image_pixels: int) -> Encoded:
+def _encode(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> Encoded:
     try:
-        media_plans = plan_media(sample, opened, max_image_pixels=max_image_pixels)
+        media_plans = plan_media(sample, opened)
         pieces = lay(sample.messages, opened.chat, prompt=prompt)
         return _assemble(sample, opened, pieces, media_plans)
     except DataError as error:
@@ -128,12 +128,10 @@ def _encode(sample: Sample, opened: OpenedFolder, *, prompt: bool, max_image_pix
         raise with_origin(error, sample.origin) from error
 
 
-def plan_media(
-    sample: Sample, opened: OpenedFolder, *, max_image_pixels: int
-) -> tuple[tuple[MediaRef, MediaPlan], ...]:
+def plan_media(sample: Sample, opened: OpenedFolder) -> tuple[tuple[MediaRef, MediaPlan], ...]:
     """What each picture of the row becomes, from the headers."""
     refs = [image.ref for image in sample.images]
-    sizes = [media.size(ref, max_pixels=max_image_pixels) for ref in refs]
+    sizes = [media.size(ref, opened.media) for ref in refs]
     return tuple(zip(refs, opened.family.plan(sizes, opened.spec), strict=True))
 
 
@@ -156,7 +154,14 @@ def _assemble(
         length += len(new_ids)
     input_ids = np.concatenate(ids)
     labels = np.where(np.concatenate(trained), input_ids, IGNORED).astype(np.int32)
-    return Encoded(input_ids=input_ids, labels=labels, spans=tuple(spans), media=media_plans, origin=sample.origin)
+    return Encoded(
+        input_ids=input_ids,
+        labels=labels,
+        spans=tuple(spans),
+        media=media_plans,
+        origin=sample.origin,
+        spec=opened.spec,
+    )
 
 
 def _groups(pieces: Sequence[Piece]) -> list[list[Segment] | int]:

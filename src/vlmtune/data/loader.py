@@ -55,7 +55,6 @@ class MicroBatches(Dataset[Batch | Failed]):
         self.corpus = corpus
         self.opened = opened
         self.plan = plan
-        self.max_image_pixels = config.data.max_image_pixels
         self.stand_in = stand_in
         self.packed = packed
 
@@ -77,10 +76,10 @@ class MicroBatches(Dataset[Batch | Failed]):
         if not encoded:
             encoded = [self._nothing()]
         rows = [encoded] if self.packed else [[sample] for sample in encoded]
-        return collate(rows, self.opened, max_image_pixels=self.max_image_pixels, stand_in=self.stand_in)
+        return collate(rows, self.opened, stand_in=self.stand_in)
 
     def _encoded(self, row: int) -> Encoded:
-        encoded = encode(self.corpus.sample(row), self.opened, max_image_pixels=self.max_image_pixels)
+        encoded = encode(self.corpus.sample(row), self.opened)
         planned = int(self.plan.num_tokens[row])
         if encoded.num_tokens != planned:
             raise DataError(

@@ -73,9 +73,7 @@ class Measured:
     """Top-level keys of rows that nothing reads, and how many rows have them."""
 
 
-def measure(
-    corpus: Corpus, opened: OpenedFolder, *, max_image_pixels: int, workers: int, decode: bool = False
-) -> Measured:
+def measure(corpus: Corpus, opened: OpenedFolder, *, workers: int, decode: bool = False) -> Measured:
     """Encode every row without its pixels, and count.
 
     Args:
@@ -95,7 +93,7 @@ def measure(
         marks_in_answers=np.zeros(n, np.int32),
         smallest_side=np.zeros(n, np.int32),
     )
-    job = _Job(corpus, opened, max_image_pixels, decode)
+    job = _Job(corpus, opened, decode)
     for _ in track(_filled(measured, job, workers), total=n, label="reading rows"):
         pass
     return measured
@@ -143,7 +141,6 @@ class _Result:
 class _Job:
     corpus: Corpus
     opened: OpenedFolder
-    max_image_pixels: int
     decode: bool
 
     def __call__(self, rows: Sequence[int]) -> _Result:
@@ -159,12 +156,12 @@ class _Job:
         return result
 
     def _counts(self, sample: Sample) -> tuple[int, ...]:
-        encoded = encode(sample, self.opened, max_image_pixels=self.max_image_pixels)
+        encoded = encode(sample, self.opened)
         if not encoded.num_trained:
             raise DataError("the row has no trained token", where=sample.origin, expected="an answer with some text")
         if self.decode:
             for image in sample.images:
-                media.open_image(image.ref, max_pixels=self.max_image_pixels)
+                media.open_image(image.ref, self.opened.media)
         answers = [message.text for message in sample.messages if message.role == "assistant"]
         return (
             encoded.num_tokens,

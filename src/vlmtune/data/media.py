@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 import PIL.Image
 
+from vlmtune.config.schema import MediaOptions
 from vlmtune.data.sample import MediaRef, Size
 from vlmtune.errors import DataError
 
@@ -41,23 +42,23 @@ _TRANSPOSE = {
 _SWAPPING = (5, 6, 7, 8)
 
 
-def size(ref: MediaRef, *, max_pixels: int) -> Size:
+def size(ref: MediaRef, options: MediaOptions) -> Size:
     """(width, height) of a picture as it is looked at: from the header, EXIF orientation applied.
 
     Raises:
-        DataError: missing, unreadable or foreign file, or more than `max_pixels` pixels.
+        DataError: missing, unreadable or foreign file, or more than `max_image_pixels` pixels.
     """
-    with _header(ref, max_pixels) as (_, upright, _turned):
+    with _header(ref, options) as (_, upright, _turned):
         return upright
 
 
-def open_image(ref: MediaRef, *, max_pixels: int) -> PIL.Image.Image:
+def open_image(ref: MediaRef, options: MediaOptions) -> PIL.Image.Image:
     """The first frame as RGB, 8 bit a channel, EXIF orientation applied, fully decoded.
 
     Raises:
         DataError: as `size`, and for damaged pixel data.
     """
-    with _header(ref, max_pixels) as (image, upright, orientation):
+    with _header(ref, options) as (image, upright, orientation):
         try:
             image.load()
             picture = _rgb(image, ref)
@@ -88,16 +89,16 @@ def read_bytes(ref: MediaRef) -> bytes:
 
 
 @contextmanager
-def _header(ref: MediaRef, max_pixels: int) -> Iterator[tuple[PIL.Image.Image, Size, int]]:
+def _header(ref: MediaRef, options: MediaOptions) -> Iterator[tuple[PIL.Image.Image, Size, int]]:
     """The lazily opened picture, its upright size and its orientation (1 … 8)."""
     with _stream(ref) as stream, warnings.catch_warnings():
-        # Pillow warns at half of its refusal point; `max_pixels` is the limit here.
+        # Pillow warns at half of its refusal point; `max_image_pixels` is the limit here.
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         try:
             with PIL.Image.open(stream, formats=_formats()) as image:
-                orientation = _orientation(image)
-                upright = _checked_size(image, orientation, ref, max_pixels)
+                orientation = 1 if options.exif == "ignore" else _orientation(image)
+                upright = _checked_size(image, orientation, ref, options.max_image_pixels)
                 yield image, upright, orientation
         except PIL.Image.DecompressionBombError as error:
             raise DataError(

@@ -192,7 +192,7 @@ def plan_rows(
 ) -> TrainPlan:
     """`make_plan` for the rows where `usable` is true, whatever the others are like."""
     train = config.train
-    mixture = make_mixture(usable, corpus.source_sizes, corpus.repeats, corpus.names, train.seed)
+    mixture = make_mixture(usable, corpus.source_sizes, _repeats(corpus), corpus.names, train.seed)
     size = mixture.epoch_size
     num_steps, whole_epochs, last_rows = _extent(train, size)
     plan = TrainPlan(
@@ -267,7 +267,7 @@ class EvalPlan:
 
 def refuse_repeat(corpus: Corpus) -> None:
     """Raises ConfigError for an eval source with a `repeat`: its rows are counted once."""
-    for repeat, name in zip(corpus.repeats, corpus.names, strict=True):
+    for repeat, name in zip(_repeats(corpus), corpus.names, strict=True):
         if repeat != 1:
             raise ConfigError(
                 f"the eval source {name} has repeat {repeat:g}",
@@ -297,3 +297,7 @@ def make_eval_plan(measured: Measured, corpus: Corpus, config: RunConfig, *, wor
     batches += [()] * (-len(batches) % world)
     digest = hashlib.blake2b(rows.tobytes() + measured.num_tokens.tobytes(), digest_size=16).hexdigest()
     return EvalPlan(batches=batches, num_tokens=measured.num_tokens, world=world, digest=digest)
+
+
+def _repeats(corpus: Corpus) -> list[float]:
+    return [source.options.repeat or 1.0 for source in corpus.sources]

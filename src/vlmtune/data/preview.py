@@ -83,7 +83,7 @@ def epoch_lines(corpus: Corpus, config: RunConfig) -> Iterator[str]:
     """What an epoch holds, from the numbers of rows alone."""
     mixture = _mixture(corpus, config)
     for name, size, repeat, count in zip(
-        corpus.names, corpus.source_sizes, corpus.repeats, mixture.counts, strict=True
+        corpus.names, corpus.source_sizes, _repeats(corpus), mixture.counts, strict=True
     ):
         yield f"{name}: {size:,} rows × {repeat:g} = {count:,} in an epoch"
     steps = ceil(mixture.epoch_size / config.train.global_batch_size)
@@ -95,7 +95,7 @@ def epoch_lines(corpus: Corpus, config: RunConfig) -> Iterator[str]:
 
 def _mixture(corpus: Corpus, config: RunConfig) -> Mixture:
     every = np.ones(len(corpus), bool)
-    return make_mixture(every, corpus.source_sizes, corpus.repeats, corpus.names, config.train.seed)
+    return make_mixture(every, corpus.source_sizes, _repeats(corpus), corpus.names, config.train.seed)
 
 
 def _pictures(encoded: Encoded) -> Iterator[tuple[int, int, int]]:
@@ -117,3 +117,7 @@ def _decode(opened: OpenedFolder, ids: np.ndarray, *, is_first: bool) -> str:
     first = str(tokenizer.convert_ids_to_tokens(int(ids[0])))
     # SentencePiece decoders take the space in front of a text for their own mark.
     return f" {text}" if not is_first and first.startswith("▁") and not text.startswith(" ") else text
+
+
+def _repeats(corpus: Corpus) -> list[float]:
+    return [source.options.repeat or 1.0 for source in corpus.sources]

@@ -20,9 +20,9 @@ IGNORED = -100  # label of a position that is not trained (torch.nn.functional.c
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaRef:
-    """Where the bytes of a picture (later: frame, embedding file) are.
+    """Where the bytes of a picture or video are.
 
-    A whole file, a slice of one (a member of a tar), or bytes that stood in the row itself (a data URI).
+    A whole file, a slice of one (a member of a tar), or bytes that stood in the row itself (data URI, parquet cell).
     """
 
     path: str
@@ -33,6 +33,10 @@ class MediaRef:
     """Number of bytes; None reads to the end of the file."""
     inline: bytes | None = None
     """The encoded bytes themselves; `path`, `offset` and `length` are then not read."""
+    more: tuple[tuple[str, int, int], ...] = ()
+    """(path, offset, length) of the bytes that follow in other files: a member that straddles parts of a split tar."""
+    frame: int | None = None
+    """The picture is this frame of the video, counted from 0; None for a picture file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,10 @@ class Encoded:
     spans: tuple[Span, ...]
     media: tuple[tuple[MediaRef, MediaPlan], ...]
     origin: str
+    spec: Any = None
+    """The family's picture settings that the media were planned with; a source may have its own."""
+    jpeg_quality: int | None = None
+    """Re-encode each picture at this quality before it is cut (`data_augment`); None leaves it as it is."""
 
     @property
     def num_tokens(self) -> int:

@@ -138,7 +138,7 @@ def _parts(session: Session, corpus: Corpus, settings: EvalSettings) -> Iterator
 
 
 def _encode(session: Session, task: Task, settings: EvalSettings) -> Encoded | None:
-    row = encode(task.row, session.opened, max_image_pixels=session.located.max_image_pixels)
+    row = encode(task.row, session.opened)
     if settings.max_length is None or row.num_tokens <= settings.max_length:
         return row
     if settings.too_long == "drop":
@@ -178,7 +178,7 @@ def summed_loss(session: Session, rows: Sequence[Encoded], max_length: int | Non
     opened = session.opened
     size = min(max_length or 4096, opened.shared_length or 2**31)
     for pack in _packs(rows, size, packs=opened.why_not_packed is None):
-        batch = collate([pack], session.opened, max_image_pixels=session.located.max_image_pixels, stand_in=False)
+        batch = collate([pack], session.opened, stand_in=False)
         inputs = to_device(batch.inputs, session.device, session.dtype)
         # One row: the mask becomes positions, which every transformers model takes.
         inputs["logits_to_keep"] = inputs["logits_to_keep"][0].nonzero().flatten()
@@ -216,7 +216,8 @@ def write_results(out: Path, result: EvalResult, session: Session, corpus: Corpu
         "model": str(located.path),
         "base": str(located.base) if located.base else None,
         "data": [
-            {"path": source.path, "rows": len(source), "blake2b": source.index.digest} for source in corpus.sources
+            {"path": source.rows.files[0], "rows": len(source), "blake2b": source.rows.digest}
+            for source in corpus.sources
         ],
         "settings": {
             **asdict(settings),

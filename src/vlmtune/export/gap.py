@@ -66,7 +66,7 @@ def measure(located: Located, expected: Expected, device: str | None) -> Gap:
     except ValidationError:
         return skip("provenance.json does not say which layers were 4-bit")
     place = choose_device(device)
-    opened = open_folder(located.model_folder, located.image)
+    opened = open_folder(located.model_folder, located.media)
     try:
         model = quantised.load_quantised(opened, tuning, dtype=torch.float32, device=place)
     except VlmtuneError as error:

@@ -141,7 +141,7 @@ def _free_target(target: Path, located: Located, *, overwrite: bool) -> Path:
 
 def _write(located: Located, draft: Path, dtype: DtypeName | None) -> ExportResult:
     """Weights and files; no comparison yet."""
-    opened = open_folder(located.model_folder, located.image)
+    opened = open_folder(located.model_folder, located.media)
     source = Shards(located.model_folder)
     kept = _main_dtype(source)
     # A fully tuned checkpoint holds float32 master weights; people expect what they brought.
@@ -159,7 +159,7 @@ def _write(located: Located, draft: Path, dtype: DtypeName | None) -> ExportResu
     else:
         result.counts = _merge_whole(located, torch_dtype(name), draft)  # type: ignore[arg-type]
     files.copy_files([located.model_folder, located.path], draft)
-    settings = opened.family.picture_settings(opened.folder, located.image)
+    settings = opened.family.picture_settings(opened.folder, located.media.image)
     files.finish_files(draft, opened, name, settings)
     return result
 
@@ -218,7 +218,7 @@ def _compare(located: Located, draft: Path, result: ExportResult, device: str | 
     del source
     gc.collect()  # the two models need not be in memory together, and PEFT's refer to themselves in circles
     # Without the options of the run: the folder must cut pictures as training did by its own files.
-    written = Located(path=draft, image=ImageOptions(), max_image_pixels=located.max_image_pixels)
+    written = Located(path=draft, media=located.media.model_copy(update={"image": ImageOptions()}))
     result.comparisons = verify.compare(expected, load_located(written, device=device, dtype="float32"))
     verify.check(result.comparisons, where=str(result.out))
     if gap.was_quantised(located):

@@ -48,7 +48,7 @@ def describe(located: Located) -> Description:
     Raises:
         WeightsError: a folder that cannot be opened.
     """
-    opened = open_folder(located.model_folder, located.image)
+    opened = open_folder(located.model_folder, located.media)
     shards = Shards(located.model_folder)
     model = skeleton(opened)
     table = name_table(model, shards.infos)

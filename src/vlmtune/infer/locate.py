@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vlmtune.config.hub import HUB_ID
-from vlmtune.config.schema import FORMAT_VERSION, ImageOptions
+from vlmtune.config.schema import FORMAT_VERSION, MediaOptions
 from vlmtune.errors import UsageError, WeightsError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -19,7 +19,6 @@ RUN_FILE = "run.yaml"
 BEST_FILE = "best.json"
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
-MAX_IMAGE_PIXELS = 178_956_970
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,14 +27,13 @@ class Located:
 
     path: the folder with them (the chosen checkpoint when a run folder was given).
     base: the model folder under an adapter; None when `path` is whole by itself.
-    image: how pictures were cut in training; empty for a folder that this program did not train.
+    media: how pictures were read in training; the defaults for a folder that this program did not train.
     provenance: what training wrote about itself (base, run configuration, versions); empty likewise.
     """
 
     path: Path
     base: Path | None = None
-    image: ImageOptions = field(default_factory=ImageOptions)
-    max_image_pixels: int = MAX_IMAGE_PIXELS
+    media: MediaOptions = field(default_factory=MediaOptions)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -60,7 +58,7 @@ def locate(path: str | Path, *, base: str | Path | None = None, checkpoint: str 
     if is_run_folder(folder):
         folder = _checkpoint(folder, checkpoint)
     provenance = _provenance(folder)
-    image, max_pixels = _picture_settings(provenance, folder)
+    media = _media_options(provenance, folder)
     found = None
     if (folder / ADAPTER_CONFIG).is_file():
         found = _base_of(folder, base)
@@ -71,7 +69,7 @@ def locate(path: str | Path, *, base: str | Path | None = None, checkpoint: str 
         )  # fmt: skip
     elif base is not None:
         raise UsageError("--base was given, but this is a whole model, not an adapter", where=str(folder))
-    return Located(path=folder, base=found, image=image, max_image_pixels=max_pixels, provenance=provenance)
+    return Located(path=folder, base=found, media=media, provenance=provenance)
 
 
 def _folder(path: str | Path) -> Path:
@@ -171,10 +169,12 @@ def _provenance(folder: Path) -> dict[str, Any]:
     return provenance
 
 
-def _picture_settings(provenance: Mapping[str, Any], folder: Path) -> tuple[ImageOptions, int]:
+def _media_options(provenance: Mapping[str, Any], folder: Path) -> MediaOptions:
     config = provenance.get("config") or {}
     try:
-        image = ImageOptions(**(config.get("model") or {}).get("image") or {})
+        model, data = config.get("model") or {}, config.get("data") or {}
+        given = {name: model.get(name) for name in ("image", "video", "boxes")}
+        given |= {name: data.get(name) for name in ("max_image_pixels", "exif")}
+        return MediaOptions(**{name: value for name, value in given.items() if value is not None})
     except (ValidationError, AttributeError, TypeError) as error:
         raise WeightsError(f"model.image cannot be read ({error})", where=str(folder / PROVENANCE)) from None
-    return image, int((config.get("data") or {}).get("max_image_pixels") or MAX_IMAGE_PIXELS)

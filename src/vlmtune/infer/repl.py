@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmtune.config.schema import MediaOptions
 from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text
 from vlmtune.errors import DataError, VlmtuneError
 
@@ -33,7 +34,7 @@ class Conversation:
         Raises:
             DataError: no such file, or not a picture that can be decoded; the conversation is as it was.
         """
-        self.pending.append(open_picture(path, self.session.located.max_image_pixels))
+        self.pending.append(open_picture(path, self.session.located.media))
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """The answer in pieces. The turn counts once the answer is complete; an interrupted one leaves no trace but
@@ -57,7 +58,7 @@ class Conversation:
         self.pending.clear()
 
 
-def open_picture(path: str | Path, max_pixels: int) -> Image:
+def open_picture(path: str | Path, options: MediaOptions) -> Image:
     """A picture file as a part of a message, decoded once to be sure that it can be.
 
     Raises:
@@ -67,7 +68,7 @@ def open_picture(path: str | Path, max_pixels: int) -> Image:
 
     ref = MediaRef(path=str(Path(path).expanduser().absolute()))
     try:
-        media.open_image(ref, max_pixels=max_pixels)
+        media.open_image(ref, options)
     except DataError as error:
         # The remedies of `media` speak of rows; here there is none.
         raise DataError(error.found, where=error.where or str(path), expected=error.expected) from None

@@ -59,7 +59,7 @@ class Session:
         Raises:
             DataError: a picture that cannot be opened; `where` is the sample's origin.
         """
-        return encode_prompt(sample, self.opened, max_image_pixels=self.located.max_image_pixels)
+        return encode_prompt(sample, self.opened)
 
     def generate(self, samples: Sequence[Sample], max_new_tokens: int = 64, *, batch_size: int = 8) -> list[str]:
         """Answers to samples that end with a user turn, without special tokens, in the order of the samples.
@@ -117,7 +117,7 @@ class Session:
 
     def inputs(self, encoded: Sequence[Encoded]) -> dict[str, Any]:
         """Left-padded model inputs on the model's device; pixels in the model's dtype."""
-        batch = prompt_batch(encoded, self.opened, max_image_pixels=self.located.max_image_pixels)
+        batch = prompt_batch(encoded, self.opened)
         return to_device(batch, self.device, self.dtype)
 
     def _settings(self, max_new_tokens: int) -> GenerationConfig:
@@ -180,7 +180,7 @@ def load(
 def load_located(located: Located, *, device: str | None = None, dtype: DtypeName | None = None) -> Session:
     """`load` for weights that were already found."""
     place = choose_device(device)
-    opened = open_folder(str(located.model_folder), located.image)
+    opened = open_folder(str(located.model_folder), located.media)
     model = load_model(opened, dtype=None if dtype is None else torch_dtype(dtype))
     if located.base is not None:
         model = attach(model, located.path)

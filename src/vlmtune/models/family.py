@@ -7,11 +7,11 @@ A family is one object without state. Nothing outside `models/registry.py` names
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from vlmtune.config.schema import Component, ImageOptions
+from vlmtune.config.schema import Component, ImageOptions, MediaOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Size
 from vlmtune.models.text import TextEncoder
 
@@ -101,6 +101,8 @@ class Family(Protocol):
     """The interface; tests/families/test_conformance.py is the definition of done for an implementation."""
 
     name: str
+    exif: Literal["apply", "ignore"]
+    """Whether the loaders that this family's users come from turn photos as EXIF says."""
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is this family's; the first match in the registry wins."""
@@ -182,3 +184,13 @@ class OpenedFolder:
     components: Components
     why_not_packed: str | None
     shared_length: int | None
+    media: MediaOptions
+    """How pictures and videos are read; `exif` is decided."""
+
+    def with_image(self, options: ImageOptions | None) -> OpenedFolder:
+        """The same folder for a source that cuts its pictures in its own way."""
+        if options is None:
+            return self
+        image = self.media.image.model_copy(update=options.model_dump(exclude_none=True))
+        spec = self.family.media_spec(self.folder, self.tokenizer, image)
+        return replace(self, spec=spec, media=self.media.model_copy(update={"image": image}))

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from vlmtune.config.hub import HUB_ID
-from vlmtune.config.schema import ImageOptions
+from vlmtune.config.schema import MediaOptions
 from vlmtune.errors import WeightsError
 from vlmtune.models.family import ModelFolder, OpenedFolder
 from vlmtune.models.registry import detect
@@ -69,18 +69,19 @@ def _fetch(name: str) -> Path:
         ) from error
 
 
-def open_folder(path: str | os.PathLike[str], image: ImageOptions | None = None) -> OpenedFolder:
+def open_folder(path: str | os.PathLike[str], media: MediaOptions | None = None) -> OpenedFolder:
     """Opens a model folder without reading its weights.
 
     Raises:
         WeightsError: no folder, an unknown architecture, no chat template, a template that cannot be cut.
-        ConfigError: an option in `image` that has no effect on this model.
+        ConfigError: an option in `media.image` that has no effect on this model.
     """
     folder = read_folder(path)
     family = detect(folder.config, where=str(folder.path))
+    media = media or MediaOptions()
     try:
         tokenizer = family.tokenizer(folder)
-        spec = family.media_spec(folder, tokenizer, image or ImageOptions())
+        spec = family.media_spec(folder, tokenizer, media.image)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         # transformers reports absent or broken tokenizer and processor files with any of these, and config.json.
         raise WeightsError(
@@ -101,6 +102,7 @@ def open_folder(path: str | os.PathLike[str], image: ImageOptions | None = None)
         components=family.components(folder),
         why_not_packed=family.why_not_packed(folder),
         shared_length=family.shared_length(folder),
+        media=media.model_copy(update={"exif": media.exif or family.exif}),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import set_seed
 
 from vlmtune.config.load import dump_config
-from vlmtune.config.schema import RunConfig, SourceConfig
+from vlmtune.config.schema import AnySource, RunConfig
 from vlmtune.data.loader import MicroBatches
 from vlmtune.data.measure import measure
 from vlmtune.data.packing import Plan, TrainPlan, make_eval_plan, make_plan
@@ -83,7 +83,7 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
         if (done := folder.finished(run_dir)) is not None:
             tell(f"This run is finished: {done['steps']} steps, best checkpoint {run_dir / done['best']}.")
             return _result(run_dir, done, already_finished=True)
-        opened = open_folder(config.model.path, config.model.image)
+        opened = open_folder(config.model.path, config.media)
         data = _lay_out(config, opened, processes, strategy, tell)
         resumed = _begin(run_dir, config, data, processes, strategy, tell)
         # Both made before DeepSpeed's settings exist, which under ZeRO-3 spread every new model over all processes.
@@ -133,11 +133,9 @@ def _lay_out(
     if why_not_packed:
         tell(f"This model cannot pack: {why_not_packed}. Rows are padded instead.")
 
-    def planned(sources: tuple[SourceConfig, ...], make: Callable[..., Any]) -> tuple[Corpus, Any]:
+    def planned(sources: tuple[AnySource, ...], make: Callable[..., Any]) -> tuple[Corpus, Any]:
         corpus = open_corpus(sources, allow=config.data.allow)
-        measured = processes.first_does(
-            lambda: measure(corpus, opened, max_image_pixels=config.data.max_image_pixels, workers=config.data.workers)
-        )
+        measured = processes.first_does(lambda: measure(corpus, opened, workers=config.data.workers))
         return corpus, make(measured, corpus, config, world=processes.world, packed=packed)
 
     def batches(corpus: Corpus, plan: Plan) -> MicroBatches:

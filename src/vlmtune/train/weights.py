@@ -25,7 +25,7 @@ def source(config: RunConfig, opened: OpenedFolder, resumed: Path | None) -> Ope
     """The folder that holds the whole model: the base, or the checkpoint of a full run that is gone on with."""
     if resumed is None or config.tuning.method != "full":
         return opened
-    return open_folder(resumed, config.model.image)
+    return open_folder(resumed, config.media)
 
 
 def load(

@@ -79,7 +79,7 @@ def test_good_rows(folder: Path, opened: OpenedFolder) -> None:
     report = report_on(folder, opened, rows, global_batch_size=8, epochs=2, world=2)
     data = report.as_dict()
     assert json.loads(json.dumps(data)) == data
-    encoded = [encode(report.train.corpus.sample(i), opened, max_image_pixels=10**7) for i in range(30)]
+    encoded = [encode(report.train.corpus.sample(i), opened) for i in range(30)]
     assert data["ok"] and data["bad"] == [] and data["warnings"] == [] and data["rows"] == 30 and data["images"] == 1
     assert data["tokens"] == data["epoch"]["tokens"] == sum(e.num_tokens for e in encoded)
     assert data["trained_tokens"] == sum(e.num_trained for e in encoded)

@@ -49,7 +49,7 @@ def micro_batches(
         }
     )
     corpus = open_corpus(config.data.sources)
-    measured = measure(corpus, opened, max_image_pixels=10**7, workers=0)
+    measured = measure(corpus, opened, workers=0)
     plan = make_plan(measured, corpus, config, world=world, packed=packed)
     return MicroBatches(corpus, opened, plan, config, stand_in=True, packed=packed)
 

@@ -49,13 +49,13 @@ def corpus(tmp_path: Path) -> Corpus:
 
 
 def run(corpus: Corpus, opened: OpenedFolder, **more: Any) -> Measured:
-    return measure(corpus, opened, max_image_pixels=10**7, **{"workers": 0, **more})
+    return measure(corpus, opened, **{"workers": 0, **more})
 
 
 def test_counts_equal_those_of_encode(corpus: Corpus, opened: OpenedFolder) -> None:
     found = run(corpus, opened)
     for i in (0, 7, 123, 199):
-        encoded = encode(corpus.sample(i), opened, max_image_pixels=10**7)
+        encoded = encode(corpus.sample(i), opened)
         assert (found.num_tokens[i], found.num_trained[i]) == (encoded.num_tokens, encoded.num_trained)
     assert found.num_images.sum() == 200 - 3 and found.num_images[7] == 0
     assert found.smallest_side[0] == 40 and found.smallest_side[7] == 0

@@ -12,6 +12,7 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 
+from vlmtune.config.schema import MediaOptions
 from vlmtune.data import media
 from vlmtune.data.sample import MediaRef
 from vlmtune.errors import DataError
@@ -31,7 +32,9 @@ def photo(width: int = 24, height: int = 16) -> PIL.Image.Image:
 
 def both(path: Path) -> tuple[tuple[int, int], PIL.Image.Image]:
     ref = MediaRef(path=str(path))
-    return media.size(ref, max_pixels=LIMIT), media.open_image(ref, max_pixels=LIMIT)
+    return media.size(ref, MediaOptions(max_image_pixels=LIMIT)), media.open_image(
+        ref, MediaOptions(max_image_pixels=LIMIT)
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -114,8 +117,10 @@ def test_slice_of_a_file_and_inline_bytes(tmp_path: Path) -> None:
     part = MediaRef(path=str(tmp_path / "shard"), offset=77, length=len(raw.getvalue()))
     inline = MediaRef(path="data:image/png", inline=raw.getvalue())
     for ref in (part, inline):
-        assert media.size(ref, max_pixels=LIMIT) == (24, 16)
-        assert np.array_equal(np.asarray(media.open_image(ref, max_pixels=LIMIT)), np.asarray(photo()))
+        assert media.size(ref, MediaOptions(max_image_pixels=LIMIT)) == (24, 16)
+        assert np.array_equal(
+            np.asarray(media.open_image(ref, MediaOptions(max_image_pixels=LIMIT))), np.asarray(photo())
+        )
         assert media.read_bytes(ref) == raw.getvalue()
 
 
@@ -123,11 +128,11 @@ def refused(path: Path, *, limit: int = LIMIT, by_header: bool = True) -> str:
     ref = MediaRef(path=str(path))
     if by_header:
         with pytest.raises(DataError):
-            media.size(ref, max_pixels=limit)
+            media.size(ref, MediaOptions(max_image_pixels=limit))
     else:
-        media.size(ref, max_pixels=limit)
+        media.size(ref, MediaOptions(max_image_pixels=limit))
     with pytest.raises(DataError) as caught:
-        media.open_image(ref, max_pixels=limit)
+        media.open_image(ref, MediaOptions(max_image_pixels=limit))
     assert not caught.value.where, "the caller knows the row"
     return caught.value.reason
 
@@ -162,7 +167,7 @@ def test_every_cut_of_a_header_is_an_error_of_ours(tmp_path: Path) -> None:
         for cut in range(1, min(len(whole), 120)):
             ref = MediaRef(path="x", inline=whole[:cut])
             try:
-                media.open_image(ref, max_pixels=LIMIT)
+                media.open_image(ref, MediaOptions(max_image_pixels=LIMIT))
             except DataError:
                 continue
             assert cut >= 54, f"{ending} cut to {cut} bytes passed"  # Pillow forgives a missing end in some formats
@@ -185,7 +190,10 @@ def test_bombs_are_refused_before_decoding(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(bomb(12_000, 10_000))
     reason = refused(tmp_path / "b.png", limit=100_000_000)
     assert "12000×10000 = 120,000,000 pixels; expected at most 100,000,000 (data.max_image_pixels)" in reason
-    assert media.size(MediaRef(path=str(tmp_path / "b.png")), max_pixels=178_956_970) == (12_000, 10_000)
+    assert media.size(MediaRef(path=str(tmp_path / "b.png")), MediaOptions(max_image_pixels=178_956_970)) == (
+        12_000,
+        10_000,
+    )
 
 
 def test_float_and_32_bit_pictures_are_refused_not_clipped(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_the_whole_sequence_is_shown_and_trained_text_stands_out(
     (tmp_path / "a.jsonl").write_text(json.dumps(ROW))
     corpus = open_corpus([SourceConfig(path=str(tmp_path / "a.jsonl"))])
     sample = corpus.sample(0)
-    encoded = encode(sample, opened, max_image_pixels=10**7)
+    encoded = encode(sample, opened)
     found = runs(encoded, opened)
     assert sum(run.num_tokens for run in found) == encoded.num_tokens
     assert sum(run.num_tokens for run in found if run.kind == "trained") == encoded.num_trained

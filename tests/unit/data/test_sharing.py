@@ -64,14 +64,13 @@ def test_packs_within_the_range_equal_single_rows(stretched: Path) -> None:
         encode(
             conversation(("user", [f"How many {word}?"]), ("assistant", [f"It is {word}."])),
             opened,
-            max_image_pixels=10**6,
         )
         for word in ("seven", "small dogs", "people standing at the menu")
     ]
     assert sum(row.num_tokens for row in rows) > LIMIT >= max(row.num_tokens for row in rows)
 
     def logits(chosen: list) -> torch.Tensor:
-        batch = collate([chosen], opened, max_image_pixels=10**6, stand_in=False)
+        batch = collate([chosen], opened, stand_in=False)
         with torch.no_grad():
             return model(**batch.inputs).logits.reshape(len(batch.targets), -1)
 
@@ -83,13 +82,13 @@ def test_the_danger_is_real(stretched: Path) -> None:
     opened = open_folder(stretched)
     model = load_model(opened, dtype=torch.float64).eval()
     short, long = (
-        encode(conversation(("user", [text]), ("assistant", ["yes"])), opened, max_image_pixels=10**6)
+        encode(conversation(("user", [text]), ("assistant", ["yes"])), opened)
         for text in ("How many?", "How many people? " * 20)
     )
     assert long.num_tokens > LIMIT
 
     def first(chosen: list) -> torch.Tensor:
-        batch = collate([chosen], opened, max_image_pixels=10**6, stand_in=False)
+        batch = collate([chosen], opened, stand_in=False)
         with torch.no_grad():
             return model(**batch.inputs).logits.reshape(len(batch.targets), -1)[0]
 

@@ -36,8 +36,8 @@ def reference_loss(session: Session, corpus: Corpus) -> tuple[float, int]:
     """Row by row through the model's own loss, with labels of the whole row."""
     summed, trained = 0.0, 0
     for i in range(len(corpus)):
-        row = encode(corpus.sample(i), session.opened, max_image_pixels=LIMIT)
-        inputs = collate([[row]], session.opened, max_image_pixels=LIMIT, stand_in=False).inputs
+        row = encode(corpus.sample(i), session.opened)
+        inputs = collate([[row]], session.opened, stand_in=False).inputs
         del inputs["logits_to_keep"]
         labels = torch.from_numpy(row.labels).long()[None]
         with torch.inference_mode():
@@ -59,7 +59,7 @@ def test_the_loss_is_the_models_own_over_all_trained_tokens(
 
 
 def test_packed_and_single_rows_have_one_loss(session: Session, corpus: Corpus) -> None:
-    rows = [encode(corpus.sample(i), session.opened, max_image_pixels=LIMIT) for i in range(5)]
+    rows = [encode(corpus.sample(i), session.opened) for i in range(5)]
     packed = summed_loss(session, rows)
     lonely = replace(session.opened, why_not_packed="of a test")
     single = summed_loss(Session(session.model, lonely, session.located), rows)
@@ -97,9 +97,7 @@ def test_a_model_that_repeats_the_reference_matches_exactly(
 
 
 def test_long_rows_are_dropped_with_a_count_or_refused(session: Session, corpus: Corpus) -> None:
-    lengths = sorted(
-        encode(corpus.sample(i), session.opened, max_image_pixels=LIMIT).num_tokens for i in range(len(corpus))
-    )
+    lengths = sorted(encode(corpus.sample(i), session.opened).num_tokens for i in range(len(corpus)))
     middle = lengths[4]
     result = evaluate(session, corpus, EvalSettings(max_new_tokens=1, max_length=middle, too_long="drop"))
     assert (result.count, result.dropped) == (5, 5)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.config.schema import ImageOptions
+from vlmtune.config.schema import ImageOptions, MediaOptions
 from vlmtune.errors import UsageError, WeightsError
 from vlmtune.infer.locate import checkpoints, locate
 
@@ -107,7 +107,7 @@ def test_pictures_are_cut_as_in_training(tmp_path: Path) -> None:
     config = {"model": {"path": "x", "image": {"max_tiles": 3}}, "data": {"max_image_pixels": 1000}}
     (folder / "provenance.json").write_text(json.dumps({"config": config}))
     found = locate(folder)
-    assert (found.image, found.max_image_pixels) == (ImageOptions(max_tiles=3), 1000)
+    assert found.media == MediaOptions(image=ImageOptions(max_tiles=3), max_image_pixels=1000)
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import PIL.Image
 import pytest
 
+from vlmtune.config.schema import MediaOptions
 from vlmtune.data.sample import Sample
 from vlmtune.infer.repl import Conversation, converse
 
@@ -17,7 +18,7 @@ from vlmtune.infer.repl import Conversation, converse
 class Parrot:
     """Answers with what it was asked, and keeps the samples."""
 
-    located = SimpleNamespace(max_image_pixels=10**6)
+    located = SimpleNamespace(media=MediaOptions())
 
     def __init__(self) -> None:
         self.asked: list[Sample] = []

@@ -15,7 +15,7 @@ import torch
 from rows import conversation, write_picture
 from safetensors.torch import load_file, save_file
 
-from vlmtune.config.schema import ImageOptions
+from vlmtune.config.schema import ImageOptions, MediaOptions
 from vlmtune.data.encode import encode
 from vlmtune.errors import ConfigError, DataError, WeightsError
 from vlmtune.models.auto import pictures
@@ -116,21 +116,21 @@ def test_no_remote_code_is_run(folder: Path, tmp_path: Path) -> None:
 def test_image_options_reach_the_plan(folder: Path) -> None:
     wide = (640, 160)
     default = open_folder(folder)
-    fewer = open_folder(folder, ImageOptions(max_tiles=1))
+    fewer = open_folder(folder, MediaOptions(image=ImageOptions(max_tiles=1)))
     assert default.family.plan([wide], default.spec)[0].num_tiles == 5
     assert fewer.family.plan([wide], fewer.spec)[0].num_tiles == 1
 
 
 def test_pixel_options_reach_the_plan(tiny_folder: Callable[[str], Path]) -> None:
-    opened = open_folder(tiny_folder("qwen2_5_vl"), ImageOptions(max_pixels=56 * 56))
+    opened = open_folder(tiny_folder("qwen2_5_vl"), MediaOptions(image=ImageOptions(max_pixels=56 * 56)))
     assert opened.family.plan([(640, 640)], opened.spec)[0].num_tokens == 4
 
 
 def test_an_option_without_effect_is_refused(folder: Path, tiny_folder: Callable[[str], Path]) -> None:
     with pytest.raises(ConfigError, match=r"model\.image: max_pixels has no effect"):
-        open_folder(folder, ImageOptions(max_pixels=1000))
+        open_folder(folder, MediaOptions(image=ImageOptions(max_pixels=1000)))
     with pytest.raises(ConfigError, match="max_tiles has no effect"):
-        open_folder(tiny_folder("llava"), ImageOptions(max_tiles=3))
+        open_folder(tiny_folder("llava"), MediaOptions(image=ImageOptions(max_tiles=3)))
 
 
 def test_a_row_names_its_origin_when_the_model_refuses_a_picture(
@@ -140,7 +140,7 @@ def test_a_row_names_its_origin_when_the_model_refuses_a_picture(
     ref = write_picture(tmp_path, (500, 2))
     row = conversation(("user", [ref, "What?"]), ("assistant", ["A line."]), origin="rows.jsonl:7")
     with pytest.raises(DataError, match=r"^rows\.jsonl:7: the picture is 500×2"):
-        encode(row, opened, max_image_pixels=10**7)
+        encode(row, opened)
 
 
 def test_an_unknown_image_processor_is_asked_with_a_blank_picture(

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import PIL.Image
@@ -47,6 +47,7 @@ _PROCESSOR_PARTS = frozenset({"image_processor", "tokenizer", "video_processor",
 
 class AutoFamily:
     name = "auto"
+    exif: Literal["apply", "ignore"] = "apply"  # as transformers.image_utils.load_image does
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         return str(config.get("model_type")) in _known_model_types()
