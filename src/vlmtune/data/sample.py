@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 Role = Literal["system", "user", "assistant"]
+BoxUnit = Literal["pixels", "thousand", "unit"]
 Size = tuple[int, int]  # (width, height)
 IGNORED = -100  # label of a position that is not trained (torch.nn.functional.cross_entropy's default)
 
@@ -59,7 +61,19 @@ class PseudoText:
     ref: MediaRef
 
 
-Part = Text | Image | Video | PseudoText
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle on a picture, in a question or an answer; the model's own way of writing it is laid down for it."""
+
+    corners: tuple[float, float, float, float]
+    """(x1, y1, x2, y2): left, top, right, bottom; 0 ≤ x1 ≤ x2 and 0 ≤ y1 ≤ y2."""
+    picture: int = 0
+    """Which picture: its number among the row's `Sample.images`, from 0."""
+    unit: BoxUnit = "pixels"
+    """pixels of the picture as it is looked at (`data.exif`), before any resize; 0–1000 of it; or 0–1 of it."""
+
+
+Part = Text | Image | Video | PseudoText | Box
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +82,13 @@ class Message:
     parts: tuple[Part, ...]
 
     @property
+    def is_blank(self) -> bool:
+        """Whether nothing is said: white space at most, and no box."""
+        return not self.text.strip() and not any(isinstance(part, Box) for part in self.parts)
+
+    @property
     def text(self) -> str:
-        """The text parts joined; media leave no trace."""
+        """The text parts joined; media and boxes leave no trace."""
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
@@ -110,6 +129,35 @@ class MediaPlan:
     """Ids that the picture takes in the sequence, separators included."""
     num_tiles: int
     layout: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Laid:
+    """A row without the ids of its media.
+
+    ids: int32 (n,), of the text with its special tokens. trained: bool (n,).
+    places: for each medium, how many of `ids` stand before it. media: where each one's bytes are, and its plan.
+    """
+
+    ids: np.ndarray
+    trained: np.ndarray
+    places: tuple[int, ...]
+    media: tuple[tuple[MediaRef, MediaPlan], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids) + self.num_visual
+
+    @property
+    def num_visual(self) -> int:
+        """Ids that the media take."""
+        return sum(plan.num_tokens for _, plan in self.media)
+
+    @property
+    def num_trained(self) -> int:
+        """Positions that give a loss; the first position of a row has nothing before it to predict it."""
+        first = bool(len(self.trained)) and bool(self.trained[0]) and 0 not in self.places
+        return int(np.count_nonzero(self.trained)) - first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
