@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlmtune.data import media
-from vlmtune.data.sample import IGNORED, Encoded, Image, MediaPlan, MediaRef, Message, Part, Sample, Span, Text
+from vlmtune.data.sample import IGNORED, Encoded, Image, Laid, MediaPlan, MediaRef, Message, Part, Sample, Span, Text
 from vlmtune.errors import DataError, VlmtuneError
 from vlmtune.models.family import ChatFormat, OpenedFolder
 from vlmtune.models.text import Segment
@@ -118,10 +118,20 @@ def _fold(parts: Sequence[Part]) -> list[str | None]:
 
 
 def _encode(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> Encoded:
+    laid = lay_row(sample, opened, prompt=prompt)
+    return build(laid, opened, origin=sample.origin)
+
+
+def lay_row(sample: Sample, opened: OpenedFolder, *, prompt: bool = False) -> Laid:
+    """The row before the ids of its media are put in: all that a prepared row keeps.
+
+    Raises:
+        DataError: as `encode`.
+    """
     try:
         media_plans = plan_media(sample, opened)
         pieces = lay(sample.messages, opened.chat, prompt=prompt)
-        return _assemble(sample, opened, pieces, media_plans)
+        return _lay_ids(pieces, media_plans, opened)
     except DataError as error:
         if error.where:
             raise
@@ -135,32 +145,42 @@ def plan_media(sample: Sample, opened: OpenedFolder) -> tuple[tuple[MediaRef, Me
     return tuple(zip(refs, opened.family.plan(sizes, opened.spec), strict=True))
 
 
-def _assemble(
-    sample: Sample, opened: OpenedFolder, pieces: Sequence[Piece], media_plans: tuple[tuple[MediaRef, MediaPlan], ...]
-) -> Encoded:
+def _lay_ids(
+    pieces: Sequence[Piece], media_plans: tuple[tuple[MediaRef, MediaPlan], ...], opened: OpenedFolder
+) -> Laid:
     ids = [np.array(opened.chat.prefix_ids, dtype=np.int32)]
     trained = [np.zeros(len(opened.chat.prefix_ids), dtype=bool)]
     length = len(opened.chat.prefix_ids)
-    spans: list[Span] = []
+    places: list[int] = []
     for group in _groups(pieces):
         if isinstance(group, int):
-            new_ids, slots = opened.family.span_ids(media_plans[group][1], opened.spec)
-            spans += [Span(length + start, size, "image", group) for start, size in _runs(slots)]
-            new_trained = np.zeros(len(new_ids), dtype=bool)
+            places.append(length)
         else:
-            new_ids, new_trained = opened.text.encode(group, at_start=length == 0)
-        ids.append(new_ids)
-        trained.append(new_trained)
+            new_ids, new_trained = opened.text.encode(group, at_start=length == 0 and not places)
+            ids.append(new_ids)
+            trained.append(new_trained)
+            length += len(new_ids)
+    return Laid(ids=np.concatenate(ids), trained=np.concatenate(trained), places=tuple(places), media=media_plans)
+
+
+def build(laid: Laid, opened: OpenedFolder, *, origin: str) -> Encoded:
+    """The whole row: the ids of each medium at its place among the ids of the text."""
+    ids: list[np.ndarray] = []
+    trained: list[np.ndarray] = []
+    spans: list[Span] = []
+    done = length = 0
+    for index, (place, (_, plan)) in enumerate(zip(laid.places, laid.media, strict=True)):
+        new_ids, slots = opened.family.span_ids(plan, opened.spec)
+        ids += [laid.ids[done:place], new_ids]
+        trained += [laid.trained[done:place], np.zeros(len(new_ids), dtype=bool)]
+        length += place - done
+        spans += [Span(length + start, size, "image", index) for start, size in _runs(slots)]
         length += len(new_ids)
-    input_ids = np.concatenate(ids)
-    labels = np.where(np.concatenate(trained), input_ids, IGNORED).astype(np.int32)
+        done = place
+    input_ids = np.concatenate([*ids, laid.ids[done:]])
+    labels = np.where(np.concatenate([*trained, laid.trained[done:]]), input_ids, IGNORED).astype(np.int32)
     return Encoded(
-        input_ids=input_ids,
-        labels=labels,
-        spans=tuple(spans),
-        media=media_plans,
-        origin=sample.origin,
-        spec=opened.spec,
+        input_ids=input_ids, labels=labels, spans=tuple(spans), media=laid.media, origin=origin, spec=opened.spec
     )
 
 
