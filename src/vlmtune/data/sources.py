@@ -15,9 +15,10 @@ from typing import Protocol
 
 import numpy as np
 
-from vlmtune.config.schema import AnySource, SourceConfig
+from vlmtune.config.schema import AnySource, HubSource, Mixed, SourceConfig
 from vlmtune.data.adapters import to_sample
 from vlmtune.data.json_rows import JsonRows
+from vlmtune.data.lists import expand
 from vlmtune.data.paths import MediaRoot
 from vlmtune.data.sample import MediaRef, Sample
 from vlmtune.errors import DataError, UsageError
@@ -71,7 +72,7 @@ class Source:
     """What origins call each of its files: the name, with as many folders as tell it from all others."""
     rows: Rows
     media: Root
-    options: SourceConfig
+    options: Mixed
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -173,29 +174,51 @@ def open_corpus(sources: Sequence[AnySource], *, allow: Sequence[str] = (), memo
         memory: the folder of prepared rows, where the index of an unchanged file is found again.
 
     Raises:
-        DataError: a missing or foreign file, a `root` that is no folder, a list that is not closed.
+        DataError: a missing or foreign file, a `root` that is no folder, a list that is not closed, a list of sources
+            that contradicts its files.
     """
-    files = [source for source in sources if isinstance(source, SourceConfig)]
-    opened = [JsonRows(source.path, os.path.basename(source.path), memory) for source in files]
+    listed = expand(sources)
+    opened = [_open_rows(entry.source, memory) for entry in listed]
     names = iter(_names([file for rows in opened for file in rows.files]))
     found = []
-    for source, rows in zip(files, opened, strict=True):
+    for entry, rows in zip(listed, opened, strict=True):
         own = tuple(next(names) for _ in rows.files)
-        media = _media(source, own[0], allow)
-        found.append(Source(name=own[0], names=own, rows=rows, media=media, options=source))
+        if entry.num_rows is not None and entry.num_rows != len(rows):
+            raise DataError(
+                f"the list says `length` {entry.num_rows:,}, but {own[0]} has {len(rows):,} rows",
+                where=entry.where,
+                remedy="Look whether the file is whole; if it is, correct `length` or take it out.",
+            )
+        media = _open_root(entry.source, rows, own[0], allow, memory)
+        found.append(Source(name=own[0], names=own, rows=rows, media=media, options=entry.source))
     return Corpus(tuple(found))
 
 
-def _media(source: SourceConfig, name: str, allow: Sequence[str]) -> MediaRoot:
-    if source.root is None:
-        folder = os.path.dirname(os.path.abspath(source.path))
-        return MediaRoot(folder, why=f"the folder of {name}, as the source has no `root`", allow=tuple(allow))
-    assert isinstance(source.root, str)
-    if not os.path.isdir(source.root):
-        raise DataError(
-            f"the media root {source.root} is not a folder", where=name, remedy="Correct `root` of this source."
-        )
-    return MediaRoot(source.root, why="`root` of the source", allow=tuple(allow))
+def _open_rows(source: SourceConfig | HubSource, memory: Path | None) -> Rows:
+    """The rows of a source, by the kind of its file."""
+    if isinstance(source, HubSource):
+        raise DataError("datasets of the hub are not read yet", where=source.hub)
+    return JsonRows(source.path, os.path.basename(source.path), memory)
+
+
+def _open_root(
+    source: SourceConfig | HubSource, rows: Rows, name: str, allow: Sequence[str], memory: Path | None
+) -> Root:
+    """Where the media of a source are; `name` is what messages call its file."""
+    roots = () if isinstance(source, HubSource) or source.root is None else source.root
+    roots = (roots,) if isinstance(roots, str) else roots
+    allowed = (*allow, *source.replace_prefix.values())  # a folder that the YAML names may be read
+    for root in roots:
+        if not os.path.isdir(root):
+            raise DataError(
+                f"the media root {root} is not a folder", where=name, remedy="Correct `root` of this source."
+            )
+    if roots:
+        media = MediaRoot(roots[0], why="`root` of the source", allow=allowed)
+    else:
+        folder = os.path.dirname(os.path.abspath(rows.files[0]))
+        media = MediaRoot(folder, why=f"the folder of {name}, as the source has no `root`", allow=allowed)
+    return media
 
 
 def _names(paths: Sequence[str]) -> list[str]:
