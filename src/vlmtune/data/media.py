@@ -7,6 +7,7 @@ Errors are `DataError` without a place; the caller knows the row and adds it.
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -84,14 +85,17 @@ def read_bytes(ref: MediaRef) -> bytes:
     Raises:
         DataError: the file cannot be read.
     """
-    with _stream(ref) as stream:
-        return stream.read()
+    with open_bytes(ref) as stream:
+        try:
+            return stream.read()
+        except OSError as error:
+            raise DataError(f"{_short(ref)} cannot be read ({_clause(error)})") from error
 
 
 @contextmanager
 def _header(ref: MediaRef, options: MediaOptions) -> Iterator[tuple[PIL.Image.Image, Size, int]]:
     """The lazily opened picture, its upright size and its orientation (1 … 8)."""
-    with _stream(ref) as stream, warnings.catch_warnings():
+    with open_bytes(ref) as stream, warnings.catch_warnings():
         # Pillow warns at half of its refusal point; `max_image_pixels` is the limit here.
         warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -162,31 +166,33 @@ def _rgb(image: PIL.Image.Image, ref: MediaRef) -> PIL.Image.Image:
 
 
 @contextmanager
-def _stream(ref: MediaRef) -> Iterator[BinaryIO]:
+def open_bytes(ref: MediaRef) -> Iterator[BinaryIO]:
+    """A seekable stream of the encoded bytes of a medium; nothing of it is read ahead of what is asked for.
+
+    Raises:
+        DataError: a file cannot be opened.
+    """
     if ref.inline is not None:
         yield io.BytesIO(ref.inline)
         return
     try:
-        stream: BinaryIO = open(ref.path, "rb")  # noqa: SIM115 (closed below; opening has an error of its own)
+        if not ref.offset and ref.length is None and not ref.more:
+            stream: BinaryIO = open(ref.path, "rb")  # noqa: SIM115 (closed below; opening has an error of its own)
+        else:
+            length = os.path.getsize(ref.path) - ref.offset if ref.length is None else ref.length
+            stream = io.BufferedReader(Pieces(((ref.path, ref.offset, length), *ref.more)))
+            stream.peek(1)  # a missing file shows here
     except OSError as error:
         raise DataError(
             f"the file {ref.path} cannot be opened ({error.strerror or _clause(error)})",
             remedy="Correct the path in the row, or put the file there.",
         ) from error
     with stream:
-        if ref.offset or ref.length is not None:
-            try:
-                stream.seek(ref.offset)
-                whole = stream.read(-1 if ref.length is None else ref.length)
-            except OSError as error:
-                raise DataError(f"{ref.path} cannot be read at byte {ref.offset} ({_clause(error)})") from error
-            yield io.BytesIO(whole)
-        else:
-            yield stream
+        yield stream
 
 
 def _not_a_picture(ref: MediaRef, error: BaseException) -> DataError:
-    with _stream(ref) as stream:
+    with open_bytes(ref) as stream:
         try:
             first = stream.read(24)
         except OSError as unreadable:
@@ -207,7 +213,10 @@ def _formats() -> tuple[str, ...]:
 
 
 def _short(ref: MediaRef) -> str:
-    return ref.path if ref.inline is not None else PurePath(ref.path).name
+    if ref.inline is not None:
+        return ref.path
+    name = PurePath(ref.path).name
+    return name if ref.length is None else f"{name} at byte {ref.offset:,}"
 
 
 def _clause(error: BaseException) -> str:
