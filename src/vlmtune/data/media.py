@@ -1,6 +1,6 @@
 """Open a picture: its size from the header alone, or all of its pixels as RGB.
 
-Both go through `_oriented_size` and `_orientation`, so the size that plans a row is the size that training sees.
+Both go through `_checked_size` and `_orientation`, so the size that plans a row is the size that training sees.
 Errors are `DataError` without a place; the caller knows the row and adds it.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 import PIL.Image
 
 from vlmtune.config.schema import MediaOptions
+from vlmtune.data.pieces import Pieces
 from vlmtune.data.sample import MediaRef, Size
 from vlmtune.errors import DataError
 
