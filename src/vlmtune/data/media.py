@@ -182,10 +182,9 @@ def open_bytes(ref: MediaRef) -> Iterator[BinaryIO]:
         else:
             length = os.path.getsize(ref.path) - ref.offset if ref.length is None else ref.length
             stream = io.BufferedReader(Pieces(((ref.path, ref.offset, length), *ref.more)))
-            stream.peek(1)  # a missing file shows here
     except OSError as error:
         raise DataError(
-            f"the file {ref.path} cannot be opened ({error.strerror or _clause(error)})",
+            f"the file {error.filename or ref.path} cannot be opened ({error.strerror or _clause(error)})",
             remedy="Correct the path in the row, or put the file there.",
         ) from error
     with stream:

@@ -16,7 +16,7 @@ class Pieces(io.RawIOBase):
     A file that is shorter than its piece ends the stream there. Wrap it in `io.BufferedReader` for small reads.
 
     Raises:
-        OSError: on reading, a file that cannot be opened or read.
+        OSError: at once, a file that is not there; on reading, one that cannot be opened or read.
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
@@ -25,6 +25,8 @@ class Pieces(io.RawIOBase):
         self._starts = [0]
         for _, _, length in self._pieces:
             self._starts.append(self._starts[-1] + length)
+        for path, _, _ in self._pieces:
+            os.stat(path)  # a missing part must not look like a damaged picture
         self._position = 0
         self._which = 0
         self._opened: tuple[str, io.FileIO] | None = None
