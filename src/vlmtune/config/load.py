@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,16 @@ from pydantic import ValidationError
 
 from vlmtune.config.explain import locate, rewrite
 from vlmtune.config.hub import HUB_ID
-from vlmtune.config.schema import FORMAT_VERSION, AnySource, FullTuning, HubSource, LoraTuning, RunConfig, XTunerLists
+from vlmtune.config.schema import (
+    FORMAT_VERSION,
+    AnySource,
+    FullTuning,
+    HubSource,
+    LoraTuning,
+    RunConfig,
+    SourceConfig,
+    XTunerLists,
+)
 from vlmtune.config.yaml_reader import Place, ResolvedDumper, kind_of, read_file, read_text
 from vlmtune.errors import ConfigError
 
@@ -137,16 +146,7 @@ def _with_absolute_paths(config: RunConfig, file: Path) -> RunConfig:
         return _absolute(text, base)
 
     def source(entry: AnySource) -> AnySource:
-        if isinstance(entry, XTunerLists):
-            folders = tuple(folder if folder is None else path(folder) for folder in entry.image_folders)
-            return entry.model_copy(update={"data_paths": tuple(map(path, entry.data_paths)), "image_folders": folders})
-        prefixes = {old: path(new) + "/" * new.endswith("/") for old, new in entry.replace_prefix.items()}
-        if isinstance(entry, HubSource):
-            return entry.model_copy(update={"replace_prefix": prefixes})
-        root = entry.root
-        if root is not None:
-            root = path(root) if isinstance(root, str) else tuple(map(path, root))
-        return entry.model_copy(update={"path": path(entry.path), "root": root, "replace_prefix": prefixes})
+        return _anchored(entry, path)
 
     data = config.data.model_copy(
         update={
@@ -160,6 +160,22 @@ def _with_absolute_paths(config: RunConfig, file: Path) -> RunConfig:
     model = config.model.model_copy(update={"path": _model_path(config.model.path, base)})
     train = config.train.model_copy(update={"output_dir": output_dir})
     return config.model_copy(update={"model": model, "data": data, "train": train})
+
+
+def _anchored(entry: AnySource, path: Callable[[str], str]) -> AnySource:
+    """A source whose paths `path` made absolute."""
+    if isinstance(entry, XTunerLists):
+        folders = tuple(folder if folder is None else path(folder) for folder in entry.image_folders)
+        return entry.model_copy(update={"data_paths": tuple(map(path, entry.data_paths)), "image_folders": folders})
+    given = entry.root if isinstance(entry, SourceConfig) and entry.root is not None else ()
+    roots = tuple(map(path, (given,) if isinstance(given, str) else given))
+    # What a prefix becomes is a folder beside the YAML, or the beginning of a member's name in a tar; "" is neither.
+    anchor = path if all(map(os.path.isdir, roots)) else str
+    prefixes = {old: anchor(new) if new else new for old, new in entry.replace_prefix.items()}
+    if isinstance(entry, HubSource):
+        return entry.model_copy(update={"replace_prefix": prefixes})
+    root = (roots[0] if isinstance(given, str) else roots) if roots else None
+    return entry.model_copy(update={"path": path(entry.path), "root": root, "replace_prefix": prefixes})
 
 
 def _absolute(path: str, base: Path) -> str:

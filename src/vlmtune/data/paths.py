@@ -10,13 +10,22 @@ import binascii
 import os
 import re
 import stat
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Protocol
 from urllib.parse import unquote, unquote_to_bytes
 
 from vlmtune.data.sample import MediaRef
 from vlmtune.errors import DataError
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/](?!/)")
+
+
+class Root(Protocol):
+    """From what a row says about a medium to where its bytes are."""
+
+    def locate(self, name: str) -> MediaRef: ...
 
 
 class MediaRoot:
@@ -25,60 +34,89 @@ class MediaRoot:
     Args:
         base: absolute folder that relative paths start from.
         why: how `base` was chosen, as a clause for messages.
-        allow: absolute folders outside `base` that absolute paths may point into.
+        more: absolute folders where a relative path is looked for, in order, when `base` has no such file.
+        allow: absolute folders outside these that absolute paths may point into.
     """
 
-    def __init__(self, base: str, *, why: str, allow: tuple[str, ...] = ()) -> None:
+    def __init__(self, base: str, *, why: str, more: tuple[str, ...] = (), allow: tuple[str, ...] = ()) -> None:
         self.base = os.path.normpath(base)
         self.why = why
-        self.folders = (self.base, *(os.path.normpath(folder) for folder in allow))
+        self.more = tuple(os.path.normpath(folder) for folder in more)
+        self.folders = (self.base, *self.more, *(os.path.normpath(folder) for folder in allow))
         self._real = tuple(os.path.realpath(folder) for folder in self.folders)
 
     def locate(self, name: str) -> MediaRef:
-        """The reference behind a path, a ``file://`` or a ``data:`` URI.
+        """The reference behind a path, a ``file://`` or a ``data:`` URI; the path of a folder ends with a slash.
 
         Raises:
             DataError: a web address, a path that leaves the folders, a missing file, a broken data URI.
         """
         if name[:5].lower() == "data:":
             return _inline(name)
-        path = self._absolute(_without_file_scheme(name))
-        try:
-            mode = os.lstat(path).st_mode
-        except (FileNotFoundError, NotADirectoryError):
-            raise self._missing(name, path) from None
-        except OSError as error:
-            raise DataError(f"the file {path} cannot be reached ({error.strerror})") from error
+        path, mode = self._found(name)
         self._stays_inside(name, path, is_link=stat.S_ISLNK(mode))
         if stat.S_ISLNK(mode):
             try:
                 mode = os.stat(path).st_mode
             except OSError:
                 raise DataError(f"the link {path} leads nowhere", remedy="Put the file there.") from None
+        if stat.S_ISDIR(mode):
+            return MediaRef(path=path.rstrip("/") + "/")
         if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-            raise DataError(f"{path} is {kind}", expected="a picture file")
+            raise DataError(f"{path} is no regular file", expected="a picture or a video")
         return MediaRef(path=path)
+
+    def _found(self, name: str) -> tuple[str, int]:
+        """The path of what `name` says, and what kind of file it is."""
+        plain = without_file_scheme(name)
+        path = self._absolute(plain)
+        others = () if os.path.isabs(plain) else (os.path.join(folder, plain) for folder in self.more)
+        for candidate in (path, *others):
+            try:
+                return candidate, os.lstat(candidate).st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except UnicodeEncodeError:
+                raise DataError(f"the path {plain!r} holds half of a character") from None
+            except OSError as error:
+                raise DataError(f"the file {_cut(candidate)} cannot be reached ({error.strerror})") from error
+        raise self._missing(name, path)
 
     def _absolute(self, name: str) -> str:
         if not name or "\0" in name:
             raise DataError("a path is empty" if not name else f"the path {name!r} holds a zero byte")
         if ".." in name.split("/"):
             raise DataError(
-                f"the path {name} holds `..`",
+                f"the path {_cut(name)} holds `..`",
                 expected="a path inside the media root",
                 remedy="Set `root` of the source to a folder above all of its files, and write the path from there.",
+            )
+        if _WINDOWS.match(name):
+            prefix = name[: max(name.rfind("\\"), name.rfind("/")) + 1]
+            raise DataError(
+                f"the path {_cut(name)} is one of a Windows machine",
+                remedy=f"Say at the source where its files are here: `replace_prefix: {{'{prefix}': images/}}`.",
             )
         if not os.path.isabs(name):
             return os.path.join(self.base, name)
         path = os.path.normpath(name)
         if not any(_is_under(path, folder) for folder in self.folders):
-            prefix = os.path.dirname(path)
-            raise DataError(
-                f"the absolute path {name} lies outside the media root {self.base} ({self.why})",
-                remedy=f"If it may be read, add its folder to the YAML under data: `allow: [{prefix}]`.",
-            )
+            raise self._outside(path)
         return path
+
+    def _outside(self, path: str) -> DataError:
+        old, new = os.path.dirname(path) + "/", "images/"
+        parts = path.split("/")
+        for i in range(2, len(parts)):  # the same file under the root shows what somebody else's folder is called here
+            if os.path.exists(os.path.join(self.base, *parts[i:])):
+                old, new = "/".join(parts[:i]) + "/", self.base + "/"
+                break
+        return DataError(
+            f"the absolute path {_cut(path)} lies outside the media root {self.base} ({self.why})",
+            remedy="If it may be read, add its folder to the YAML under data: "
+            f"`allow: [{_cut(os.path.dirname(path))}]`. If it is another machine's path, say at the source where its "
+            f"files are here: `replace_prefix: {{{_cut(old)}: {new}}}`.",
+        )
 
     def _stays_inside(self, name: str, path: str, *, is_link: bool) -> None:
         """No link on the way may lead out of the folders."""
@@ -92,13 +130,58 @@ class MediaRoot:
     def _missing(self, name: str, path: str) -> DataError:
         if os.path.isabs(name) or name[:5].lower() == "file:":
             return DataError(f"there is no file {path}", remedy="Correct the path in the row, or put the file there.")
+        start = " and ".join((self.base, *self.more))
+        backslash = " A path here is written with / and not with \\." if "\\" in name else ""
         return DataError(
-            f"there is no file {path} (the row says {name}; relative paths start from {self.base}, {self.why})",
-            remedy="Correct the path, put the file there, or set `root` of the source.",
+            f"there is no file {path} (the row says {_cut(name)}; relative paths start from {start}, {self.why})",
+            remedy=f"Correct the path, put the file there, or set `root` of the source.{backslash}",
         )
 
 
-def _without_file_scheme(name: str) -> str:
+class RenamedRoot:
+    """A root for rows that say their paths as they were on another machine (`replace_prefix`).
+
+    The longest prefix that fits wins. A prefix ends where a part of the path ends: ``/data/coco`` fits
+    ``/data/coco/1.jpg`` and not ``/data/coco2017/1.jpg``. In a Windows path ``\\`` and ``/`` mean the same. An empty
+    replacement leaves a path that starts from the root.
+    """
+
+    def __init__(self, root: Root, prefixes: Mapping[str, str]) -> None:
+        self._root = root
+        longest_first = sorted(prefixes.items(), key=lambda pair: -len(pair[0]))
+        self._prefixes = tuple((_slashed(old).rstrip("/"), new) for old, new in longest_first)
+
+    def locate(self, name: str) -> MediaRef:
+        """See `MediaRoot.locate`."""
+        if name[:5].lower() == "data:":
+            return self._root.locate(name)
+        renamed = self._renamed(name)
+        if renamed == name and name[:5].lower() == "file:":
+            plain = without_file_scheme(name)
+            again = self._renamed(plain)
+            renamed = again if again != plain else name
+        if renamed == name:
+            return self._root.locate(name)
+        try:
+            return self._root.locate(renamed)
+        except DataError as error:
+            error.found += f" [the row says {_cut(name)}, changed by `replace_prefix`]"
+            raise
+
+    def _renamed(self, name: str) -> str:
+        slashed = _slashed(name)
+        for old, new in self._prefixes:
+            if slashed.startswith(old + "/"):
+                rest = slashed[len(old) :].lstrip("/")
+                return new.rstrip("/") + "/" + rest if new else rest
+        return name
+
+
+def _slashed(path: str) -> str:
+    return path.replace("\\", "/") if _WINDOWS.match(path) or path.startswith("\\\\") else path
+
+
+def without_file_scheme(name: str) -> str:
     """The path of a ``file://`` URI; any other scheme is an address that needs the network."""
     if name[:5].lower() == "file:":
         rest = name[5:]
@@ -120,17 +203,17 @@ def _inline(uri: str) -> MediaRef:
     """``data:[type][;base64],payload`` as a reference that carries its bytes."""
     head, comma, payload = uri.partition(",")
     if not comma:
-        raise DataError(f"the data URI {_cut(uri)} has no comma", expected="data:image/png;base64,…")
+        raise DataError(f"the data URI {_cut(uri, 80)} has no comma", expected="data:image/png;base64,…")
     if head.lower().endswith(";base64"):
         try:
             content = base64.b64decode(re.sub(r"\s", "", unquote(payload)), validate=True)
         except (binascii.Error, ValueError) as error:
-            raise DataError(f"the data URI {_cut(uri)} is not valid base64 ({error})") from error
+            raise DataError(f"the data URI {_cut(uri, 80)} is not valid base64 ({error})") from error
     else:
         content = unquote_to_bytes(payload)
     if not content:
-        raise DataError(f"the data URI {_cut(uri)} is empty", expected="data:image/png;base64,…")
-    return MediaRef(path=f"{_cut(head)} ({len(content):,} bytes in the row)", inline=content)
+        raise DataError(f"the data URI {_cut(uri, 80)} is empty", expected="data:image/png;base64,…")
+    return MediaRef(path=f"{_cut(head, 80)} ({len(content):,} bytes in the row)", inline=content)
 
 
 def _is_under(path: str, folder: str) -> bool:
@@ -143,5 +226,5 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "…"
+def _cut(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "…"

@@ -19,8 +19,8 @@ from vlmtune.config.schema import AnySource, HubSource, Mixed, SourceConfig
 from vlmtune.data.adapters import to_sample
 from vlmtune.data.json_rows import JsonRows
 from vlmtune.data.lists import expand
-from vlmtune.data.paths import MediaRoot
-from vlmtune.data.sample import MediaRef, Sample
+from vlmtune.data.paths import MediaRoot, RenamedRoot, Root
+from vlmtune.data.sample import Sample
 from vlmtune.errors import DataError, UsageError
 
 
@@ -54,12 +54,6 @@ class Rows(Protocol):
             DataError: the row cannot be read; `origin` is its place.
         """
         ...
-
-
-class Root(Protocol):
-    """From what a row says about a medium to where its bytes are."""
-
-    def locate(self, name: str) -> MediaRef: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,20 +199,22 @@ def _open_root(
     source: SourceConfig | HubSource, rows: Rows, name: str, allow: Sequence[str], memory: Path | None
 ) -> Root:
     """Where the media of a source are; `name` is what messages call its file."""
-    roots = () if isinstance(source, HubSource) or source.root is None else source.root
-    roots = (roots,) if isinstance(roots, str) else roots
-    allowed = (*allow, *source.replace_prefix.values())  # a folder that the YAML names may be read
-    for root in roots:
-        if not os.path.isdir(root):
+    root = _root_of(source, rows, name, (*allow, *filter(None, source.replace_prefix.values())))
+    return RenamedRoot(root, source.replace_prefix) if source.replace_prefix else root
+
+
+def _root_of(source: SourceConfig | HubSource, rows: Rows, name: str, allow: tuple[str, ...]) -> Root:
+    given = () if isinstance(source, HubSource) or source.root is None else source.root
+    folders = (given,) if isinstance(given, str) else given
+    for folder in folders:
+        if not os.path.isdir(folder):
             raise DataError(
-                f"the media root {root} is not a folder", where=name, remedy="Correct `root` of this source."
+                f"the media root {folder} is not a folder", where=name, remedy="Correct `root` of this source."
             )
-    if roots:
-        media = MediaRoot(roots[0], why="`root` of the source", allow=allowed)
-    else:
-        folder = os.path.dirname(os.path.abspath(rows.files[0]))
-        media = MediaRoot(folder, why=f"the folder of {name}, as the source has no `root`", allow=allowed)
-    return media
+    if folders:
+        return MediaRoot(folders[0], why="`root` of the source", more=folders[1:], allow=allow)
+    folder = os.path.dirname(os.path.abspath(rows.files[0]))
+    return MediaRoot(folder, why=f"the folder of {name}, as the source has no `root`", allow=allow)
 
 
 def _names(paths: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.data.paths import MediaRoot
+from vlmtune.data.paths import MediaRoot, RenamedRoot, Root
 from vlmtune.errors import DataError
 
 
@@ -20,7 +20,7 @@ def root(tmp_path: Path) -> MediaRoot:
     return MediaRoot(str(tmp_path / "images"), why="`root` of the source", allow=(str(tmp_path / "other"),))
 
 
-def reason(root: MediaRoot, name: str) -> str:
+def reason(root: Root, name: str) -> str:
     with pytest.raises(DataError) as caught:
         root.locate(name)
     return caught.value.reason
@@ -69,7 +69,7 @@ def test_missing_file_says_where_relative_paths_start(root: MediaRoot) -> None:
 
 
 def test_what_is_no_file(root: MediaRoot) -> None:
-    assert "is a folder" in reason(root, "sub")
+    assert root.locate("sub").path == f"{root.base}/sub/", "frames may lie in a folder; its path ends with a slash"
     assert "a path is empty" in reason(root, "")
     assert "zero byte" in reason(root, "a\0.png")
 
@@ -88,3 +88,54 @@ def test_data_uris(root: MediaRoot) -> None:
     assert "has no comma" in reason(root, "data:image/png;base64")
     assert "is empty" in reason(root, "data:image/png;base64,")
     assert len(reason(root, "data:image/png;base64," + "@" * 10_000)) < 300
+
+
+def test_absolute_path_outside_says_what_the_file_is_called_here(root: MediaRoot) -> None:
+    text = reason(root, "/data/luoyx/929_data/sub/b b.png")
+    assert "`allow: [/data/luoyx/929_data/sub]`" in text
+    assert f"`replace_prefix: {{/data/luoyx/929_data/: {root.base}/}}`" in text, "sub/b b.png lies under the root"
+    assert "`replace_prefix: {/data/x/: images/}`" in reason(root, "/data/x/y.png")
+
+
+def test_further_folders_for_relative_paths(root: MediaRoot, tmp_path: Path) -> None:
+    both = MediaRoot(root.base, why="", more=(str(tmp_path / "other"),))
+    assert both.locate("c.png").path == str(tmp_path / "other/c.png")
+    assert both.locate("a.png").path == f"{root.base}/a.png"
+    assert f"start from {root.base} and {tmp_path}/other" in reason(both, "d.png")
+
+
+def test_replace_prefix(root: MediaRoot, tmp_path: Path) -> None:
+    renamed = RenamedRoot(
+        root,
+        {
+            "/data/old/": root.base,
+            "/data/old/deep": str(tmp_path / "other") + "/",
+            "D:\\pictures": "",
+            "https://a.b/c/": "sub/",
+            "old": "sub",
+        },
+    )
+    there = {
+        "/data/old/a.png": "images/a.png",
+        "/data/old//a.png": "images/a.png",
+        "/data/old/deep/c.png": "other/c.png",
+        "file:///data/old/sub/b%20b.png": "images/sub/b b.png",
+        "D:\\pictures\\sub\\b b.png": "images/sub/b b.png",
+        "D:/pictures/a.png": "images/a.png",
+        "https://a.b/c/b b.png": "images/sub/b b.png",
+        "old/b b.png": "images/sub/b b.png",
+        "a.png": "images/a.png",
+    }
+    for name, path in there.items():
+        assert renamed.locate(name).path == str(tmp_path / path), name
+    assert renamed.locate("data:,x").inline == b"x"
+    assert "[the row says /data/old/z.png, changed by `replace_prefix`]" in reason(renamed, "/data/old/z.png")
+    assert "lies outside" in reason(renamed, "/data/older/a.png"), "a prefix ends where a part of the path ends"
+    assert "holds `..`" in reason(renamed, "/data/old/../secret.png")
+    assert "holds `..`" in reason(renamed, "D:\\pictures\\..\\..\\secret.png")
+
+
+def test_windows_paths_ask_for_a_prefix(root: MediaRoot) -> None:
+    text = reason(root, "C:\\data\\imgs\\1.jpg")
+    assert "is one of a Windows machine" in text and "`replace_prefix: {'C:\\data\\imgs\\': images/}`" in text
+    assert "written with / and not with \\." in reason(root, "imgs\\1.jpg")
