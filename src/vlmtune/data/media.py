@@ -66,14 +66,14 @@ def open_image(ref: MediaRef, options: MediaOptions) -> PIL.Image.Image:
             picture = _rgb(image, ref)
         except _DAMAGE as error:
             raise DataError(
-                f"the picture {_short(ref)} cannot be decoded ({_clause(error)})",
+                f"the picture {name_of(ref)} cannot be decoded ({_clause(error)})",
                 remedy="The file is damaged; replace it or take the row out.",
             ) from error
         if orientation in _TRANSPOSE:
             picture = picture.transpose(_TRANSPOSE[orientation])
     if picture.size != upright:
         raise DataError(
-            f"the header of {_short(ref)} says {upright[0]}×{upright[1]}, its pixels are "
+            f"the header of {name_of(ref)} says {upright[0]}×{upright[1]}, its pixels are "
             f"{picture.size[0]}×{picture.size[1]}",
             remedy="Save the picture again with any image tool.",
         )
@@ -90,7 +90,7 @@ def read_bytes(ref: MediaRef) -> bytes:
         try:
             return stream.read()
         except OSError as error:
-            raise DataError(f"{_short(ref)} cannot be read ({_clause(error)})") from error
+            raise DataError(f"{name_of(ref)} cannot be read ({_clause(error)})") from error
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def _header(ref: MediaRef, options: MediaOptions) -> Iterator[tuple[PIL.Image.Im
                 yield image, upright, orientation
         except PIL.Image.DecompressionBombError as error:
             raise DataError(
-                f"the picture {_short(ref)} is a decompression bomb ({_clause(error)})",
+                f"the picture {name_of(ref)} is a decompression bomb ({_clause(error)})",
                 remedy="Take the row out, or make the picture smaller.",
             ) from error
         except _DAMAGE as error:
@@ -116,15 +116,21 @@ def _header(ref: MediaRef, options: MediaOptions) -> Iterator[tuple[PIL.Image.Im
 
 def _checked_size(image: PIL.Image.Image, orientation: int, ref: MediaRef, max_pixels: int) -> Size:
     width, height = image.size
+    refuse_bomb(image.size, f"the picture {name_of(ref)}", max_pixels)
+    return (height, width) if orientation in _SWAPPING else (width, height)
+
+
+def refuse_bomb(size: Size, what: str, max_pixels: int) -> None:
+    """Raises DataError: no pixels, or more of them than `max_pixels`."""
+    width, height = size
     if width * height > max_pixels:
         raise DataError(
-            f"the picture {_short(ref)} has {width}×{height} = {width * height:,} pixels",
+            f"{what} has {width}×{height} = {width * height:,} pixels",
             expected=f"at most {max_pixels:,} (data.max_image_pixels)",
             remedy="Make it smaller, raise the limit, or take the row out.",
         )
     if min(width, height) < 1:
-        raise DataError(f"the picture {_short(ref)} is empty ({width}×{height} pixels)")
-    return (height, width) if orientation in _SWAPPING else (width, height)
+        raise DataError(f"{what} is empty ({width}×{height} pixels)")
 
 
 def _orientation(image: PIL.Image.Image) -> int:
@@ -149,7 +155,7 @@ def _rgb(image: PIL.Image.Image, ref: MediaRef) -> PIL.Image.Image:
         values = np.asarray(image)
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise DataError(
-                f"the picture {_short(ref)} has 32-bit values",
+                f"the picture {name_of(ref)} has 32-bit values",
                 expected="8 or 16 bits a channel",
                 remedy="Save it as an 8-bit PNG.",
             )
@@ -157,7 +163,7 @@ def _rgb(image: PIL.Image.Image, ref: MediaRef) -> PIL.Image.Image:
         return PIL.Image.fromarray(gray).convert("RGB")
     if image.mode == "F":
         raise DataError(
-            f"the picture {_short(ref)} holds floating-point values",
+            f"the picture {name_of(ref)} holds floating-point values",
             expected="8 or 16 bits a channel",
             remedy="Save it as an 8-bit PNG.",
         )
@@ -196,13 +202,13 @@ def _not_a_picture(ref: MediaRef, error: BaseException) -> DataError:
         try:
             first = stream.read(24)
         except OSError as unreadable:
-            return DataError(f"{_short(ref)} cannot be read ({_clause(unreadable)})")
+            return DataError(f"{name_of(ref)} cannot be read ({_clause(unreadable)})")
     if not first:
-        found = f"the picture {_short(ref)} is an empty file"
+        found = f"the picture {name_of(ref)} is an empty file"
     elif isinstance(error, PIL.UnidentifiedImageError):
-        found = f"{_short(ref)} is not a picture: it begins with {first!r}"
+        found = f"{name_of(ref)} is not a picture: it begins with {first!r}"
     else:
-        found = f"the header of the picture {_short(ref)} is damaged ({_clause(error)})"
+        found = f"the header of the picture {name_of(ref)} is damaged ({_clause(error)})"
     return DataError(found, expected="a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF file")
 
 
@@ -212,7 +218,8 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in PIL.Image.OPEN)
 
 
-def _short(ref: MediaRef) -> str:
+def name_of(ref: MediaRef) -> str:
+    """What messages call a medium."""
     if ref.inline is not None:
         return ref.path
     name = PurePath(ref.path).name
