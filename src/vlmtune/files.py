@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vlmtune.errors import VlmtuneError
@@ -39,6 +41,36 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     finally:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def in_use(folder: Path) -> Iterator[Callable[[], bool]]:
+    """Marks a folder as worked in by this process, beside others; what is yielded tells whether no other process is.
+
+    Where the file system has no locks nobody ever seems to be alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+b") as file:
+        # Not `flock`: forked workers inherit that one, and may outlive a killed parent for a moment.
+        def alone() -> bool:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+            finally:
+                with contextlib.suppress(OSError):
+                    fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+
+        with contextlib.suppress(OSError):
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield alone
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes what killed calls of `write_atomic` left behind; only for who is alone in the folder."""
+    for draft in folder.glob(".*.part"):
+        draft.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Arrays in one file that is mapped, not read: the safetensors format, written beside and renamed.
+"""Arrays in one file that is mapped, not read: the safetensors format.
 
 Prepared shards and remembered indices are such files. Opening one costs its header; a slice costs its pages.
 """
@@ -16,7 +16,6 @@ import numpy as np
 import safetensors.numpy
 
 from vlmtune.errors import DataError
-from vlmtune.files import write_atomic
 
 _DTYPES = {
     "BOOL": np.bool_,
@@ -34,12 +33,12 @@ _DTYPES = {
 _NOTES = "__metadata__"
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> bytes:
-    """Write `arrays` and JSON `notes`; equal contents give equal bytes, which are returned."""
+def pack_arrays(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> bytes:
+    """The content of a file with `arrays` and JSON `notes`; equal arrays and notes give equal bytes."""
     metadata = {"notes": json.dumps(notes, sort_keys=True, ensure_ascii=False)}
-    content = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in sorted(arrays.items())}, metadata)
-    write_atomic(path, content)
-    return content
+    return bytes(
+        safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}, metadata)
+    )
 
 
 def map_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

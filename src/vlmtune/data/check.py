@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 
 from vlmtune.config.schema import AnySource, RunConfig
-from vlmtune.data.measure import SMALL_SIDE, BadRow, Measured, measure, too_long
+from vlmtune.data.measure import SMALL_SIDE, BadRow, Measured, too_long
 from vlmtune.data.mixture import exact_count
 from vlmtune.data.packing import TrainPlan, plan_rows, refuse_repeat
+from vlmtune.data.prepare import Look, prepare, prepared_folder
 from vlmtune.data.sharing import resolve_packing
 from vlmtune.data.sources import Corpus, open_corpus
 from vlmtune.models.family import OpenedFolder
 
-__all__ = ["Measured", "Part", "Report", "check", "kinds", "measure"]
+__all__ = ["Measured", "Part", "Report", "check", "kinds"]
 
 COMMON_ANSWER = 0.2  # an answer that this share of the rows gives is suspicious
 FEW_ROWS = 20  # … unless there are fewer rows than this
@@ -171,11 +172,15 @@ def check(config: RunConfig, opened: OpenedFolder, *, world: int = 1, decode: bo
 
 def _part(sources: tuple[AnySource, ...], config: RunConfig, opened: OpenedFolder, decode: bool) -> Part:
     data = config.data
-    corpus = open_corpus(sources, allow=data.allow)
-    measured = measure(corpus, opened, workers=data.workers, decode=decode)
+    into = prepared_folder(config)
+    corpus = open_corpus(sources, allow=data.allow, memory=into)
+    look: Look = "pixels" if decode else "headers"
+    prepared = prepare(corpus, opened, into=into, workers=data.workers, look=look)
+    measured = prepared.measured
     long = measured.num_tokens > data.max_length
     usable = (measured.num_tokens > 0) & ~long
-    bad = list(measured.bad)
+    usable[[row.index for row in prepared.undecodable]] = False
+    bad = sorted([*measured.bad, *prepared.undecodable], key=lambda row: row.index)
     if data.too_long == "refuse":
         bad = sorted([*bad, *too_long(measured, corpus, data)], key=lambda row: row.index)
     borders = np.concatenate([[0], np.cumsum(corpus.source_sizes)])

@@ -12,10 +12,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from vlmtune.config.schema import RunConfig
 from vlmtune.data.collate import collate
-from vlmtune.data.encode import encode
 from vlmtune.data.packing import Plan
+from vlmtune.data.prepare import PreparedRows
 from vlmtune.data.sample import IGNORED, Batch, Encoded
-from vlmtune.data.sources import Corpus
 from vlmtune.errors import DataError, VlmtuneError
 from vlmtune.models.family import OpenedFolder
 
@@ -50,11 +49,12 @@ class MicroBatches(Dataset[Batch | Failed]):
     """
 
     def __init__(
-        self, corpus: Corpus, opened: OpenedFolder, plan: Plan, config: RunConfig, *, stand_in: bool, packed: bool
+        self, rows: PreparedRows, opened: OpenedFolder, plan: Plan, config: RunConfig, *, stand_in: bool, packed: bool
     ) -> None:
-        self.corpus = corpus
+        self.rows = rows
         self.opened = opened
         self.plan = plan
+        self.seed = config.train.seed
         self.stand_in = stand_in
         self.packed = packed
 
@@ -79,7 +79,7 @@ class MicroBatches(Dataset[Batch | Failed]):
         return collate(rows, self.opened, stand_in=self.stand_in)
 
     def _encoded(self, row: int) -> Encoded:
-        encoded = encode(self.corpus.sample(row), self.opened)
+        encoded = self.rows.encoded(row)
         planned = int(self.plan.num_tokens[row])
         if encoded.num_tokens != planned:
             raise DataError(

@@ -5,6 +5,7 @@ A file counts as unchanged while its size and its time of modification are; whoe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from vlmtune.data.arrays import map_arrays, write_arrays
-from vlmtune.errors import DataError
+from vlmtune.data.arrays import map_arrays, pack_arrays
+from vlmtune.errors import DataError, VlmtuneError
+from vlmtune.files import write_atomic
 
 Known = tuple[Mapping[str, np.ndarray], Mapping[str, Any]]
 """Arrays and JSON notes."""
@@ -41,11 +43,9 @@ def remembered(folder: Path | None, kind: str, files: Sequence[str], learn: Call
             pass  # written by another version, or damaged: it is only a memory
     known = learn()
     if state is not None and state == _state(files):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_arrays(path, known[0], {"files": state, "notes": known[1]})
-        except OSError:
-            return known  # a read-only folder: learn again next time
+        # A folder that cannot be written (read-only, full) costs learning again next time, no more.
+        with contextlib.suppress(VlmtuneError):
+            write_atomic(path, pack_arrays(known[0], {"files": state, "notes": known[1]}))
     return known
 
 

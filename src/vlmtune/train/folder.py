@@ -26,7 +26,7 @@ _FREE = {
         "output_dir", "micro_batch_size", "activation_checkpointing", "strategy", "deterministic", "log_every",
         "eval_every", "save_every", "keep_checkpoints", "early_stopping", "first_step_proof",
     },
-    "data": {"workers"},
+    "data": {"workers", "prepared"},
 }  # fmt: skip
 
 

@@ -14,10 +14,10 @@ from transformers import set_seed
 from vlmtune.config.load import dump_config
 from vlmtune.config.schema import AnySource, RunConfig
 from vlmtune.data.loader import MicroBatches
-from vlmtune.data.measure import measure
 from vlmtune.data.packing import Plan, TrainPlan, make_eval_plan, make_plan
+from vlmtune.data.prepare import Prepared, PreparedRows, open_prepared, prepare, prepared_folder
 from vlmtune.data.sharing import resolve_packing
-from vlmtune.data.sources import Corpus, open_corpus
+from vlmtune.data.sources import open_corpus
 from vlmtune.errors import Interrupted, TrainingError
 from vlmtune.files import write_atomic
 from vlmtune.infer.locate import RUN_FILE
@@ -133,19 +133,42 @@ def _lay_out(
     if why_not_packed:
         tell(f"This model cannot pack: {why_not_packed}. Rows are padded instead.")
 
-    def planned(sources: tuple[AnySource, ...], make: Callable[..., Any]) -> tuple[Corpus, Any]:
-        corpus = open_corpus(sources, allow=config.data.allow)
-        measured = processes.first_does(lambda: measure(corpus, opened, workers=config.data.workers))
-        return corpus, make(measured, corpus, config, world=processes.world, packed=packed)
+    def planned(sources: tuple[AnySource, ...], make: Callable[..., Any]) -> tuple[PreparedRows, Any]:
+        prepared = _prepared(sources, config, opened, processes, tell)
+        plan = make(prepared.measured, prepared.rows.corpus, config, world=processes.world, packed=packed)
+        return prepared.rows, plan
 
-    def batches(corpus: Corpus, plan: Plan) -> MicroBatches:
+    def batches(rows: PreparedRows, plan: Plan) -> MicroBatches:
         stand_in = arguments.needs_stand_in(config, strategy)
-        return MicroBatches(corpus, opened, plan, config, stand_in=stand_in, packed=packed)
+        return MicroBatches(rows, opened, plan, config, stand_in=stand_in, packed=packed)
 
-    corpus, plan = planned(config.data.sources, make_plan)
+    rows, plan = planned(config.data.sources, make_plan)
     tell(arithmetic_text(plan.arithmetic()))
     eval_batches = batches(*planned(config.data.eval, make_eval_plan)) if config.data.eval else None
-    return _Data(train=batches(corpus, plan), plan=plan, eval=eval_batches)
+    return _Data(train=batches(rows, plan), plan=plan, eval=eval_batches)
+
+
+def _prepared(
+    sources: tuple[AnySource, ...], config: RunConfig, opened: OpenedFolder, processes: Processes, tell: Say
+) -> Prepared:
+    """The rows of `sources`; the first process prepares what is missing, then all map the same shards."""
+    into, allow = prepared_folder(config), config.data.allow
+
+    def first() -> Prepared:
+        corpus = open_corpus(sources, allow=allow, memory=into)
+        if processes.world > 1:
+            tell(f"{len(corpus):,} rows: `vlmtune prepare` beforehand spares the other processes the waiting.")
+        return prepare(corpus, opened, into=into, workers=config.data.workers)
+
+    if processes.is_first:
+        prepared = first()
+    processes.wait()
+    if not processes.is_first:
+        prepared = open_prepared(open_corpus(sources, allow=allow, memory=into), opened, into)
+    found = f"{prepared.num_kept:,} rows were prepared before" if prepared.num_kept else ""
+    made = f"{prepared.num_made:,} rows prepared now" if prepared.num_made else ""
+    tell(f"{'; '.join(filter(None, (found, made)))} ({into}).")
+    return prepared
 
 
 def arithmetic_text(numbers: dict[str, int | float]) -> str:
@@ -157,9 +180,9 @@ def _begin(
     run_dir: Path, config: RunConfig, data: _Data, processes: Processes, strategy: str, tell: Say
 ) -> Path | None:
     """Makes the folder this run's and cleans it; the checkpoint to go on from, or None."""
-    digests = {"rows": data.train.corpus.digest(), "plan": data.plan.digest}
+    digests = {"rows": data.train.rows.corpus.digest(), "plan": data.plan.digest}
     if data.eval is not None:
-        digests["eval rows"] = data.eval.corpus.digest()
+        digests["eval rows"] = data.eval.rows.corpus.digest()
     folder.claim(run_dir, config, digests)
     if processes.is_first:
         for name in checkpoint.remove_leftovers(run_dir):

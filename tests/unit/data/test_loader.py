@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from vlmtune.config.schema import RunConfig
 from vlmtune.data.loader import Failed, MicroBatches, unwrap
-from vlmtune.data.measure import measure
 from vlmtune.data.packing import make_plan
+from vlmtune.data.prepare import prepare
 from vlmtune.data.sample import Batch
 from vlmtune.data.sources import open_corpus
 from vlmtune.errors import DataError
@@ -49,9 +49,9 @@ def micro_batches(
         }
     )
     corpus = open_corpus(config.data.sources)
-    measured = measure(corpus, opened, workers=0)
-    plan = make_plan(measured, corpus, config, world=world, packed=packed)
-    return MicroBatches(corpus, opened, plan, config, stand_in=True, packed=packed)
+    prepared = prepare(corpus, opened, into=folder / "prepared", workers=0)
+    plan = make_plan(prepared.measured, corpus, config, world=world, packed=packed)
+    return MicroBatches(prepared.rows, opened, plan, config, stand_in=True, packed=packed)
 
 
 def loaded(batches: MicroBatches, workers: int) -> list[Batch]:

@@ -1,0 +1,69 @@
+"""The same work on many pieces of data, in this process or in several, with results in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from vlmtune.errors import VlmtuneError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_processes(job: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+    """`job` of every item, in the order of `items`.
+
+    Args:
+        job: picklable; forked workers share its memory.
+        workers: processes; fewer than 2 work in this one.
+
+    Raises:
+        VlmtuneError: a worker was killed. What `job` raises comes through.
+    """
+    workers = min(workers, len(items), 4 * (os.cpu_count() or 1))
+    if workers < 2:
+        yield from map(job, items)
+        return
+    # Forked workers share the tokenizer and the row index instead of loading them again (seconds each).
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,)) as pool:
+        try:
+            yield from pool.map(_work, items)
+        except BrokenProcessPool as error:
+            raise VlmtuneError(
+                "a process that reads rows was killed (out of memory?)", remedy="Use fewer of them: data.workers."
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+_job: Callable[[Any], Any] | None = None  # of a worker process
+
+
+def _start_worker(job: Callable[[Any], Any]) -> None:
+    global _job
+    _job = job
+    # Ctrl-C reaches the whole process group; the parent answers it and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Ends this worker when its parent was killed: it would wait for the next rows for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _work(item: Any) -> Any:
+    assert _job is not None  # set by _start_worker
+    return _job(item)

@@ -1,0 +1,37 @@
+"""Rows of a corpus as ids, each with the picture settings of its source."""
+
+from __future__ import annotations
+
+from vlmtune.data.encode import build, lay_row
+from vlmtune.data.sample import Encoded, Laid, Sample
+from vlmtune.data.sources import Corpus
+from vlmtune.models.family import OpenedFolder
+
+
+class RowEncoder:
+    """`encode` for the rows of a corpus; picklable.
+
+    Raises:
+        ConfigError: a source's `image` has an option without effect on the model.
+    """
+
+    def __init__(self, corpus: Corpus, opened: OpenedFolder) -> None:
+        self.corpus = corpus
+        self._opened = tuple(opened.with_image(source.options.image) for source in corpus.sources)
+
+    def opened(self, i: int) -> OpenedFolder:
+        """The model folder with the settings of row `i`."""
+        return self._opened[self.corpus.source_of(i)]
+
+    def opened_for(self, source: int) -> OpenedFolder:
+        """The model folder with the settings of a source."""
+        return self._opened[source]
+
+    def lay(self, i: int, sample: Sample) -> Laid:
+        """Raises DataError, see `encode.lay_row`."""
+        return lay_row(sample, self.opened(i))
+
+    def encode(self, i: int) -> Encoded:
+        """Raises DataError: whatever is wrong with the row, with its origin."""
+        sample = self.corpus.sample(i)
+        return build(self.lay(i, sample), self.opened(i), origin=sample.origin)
