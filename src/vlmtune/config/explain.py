@@ -9,7 +9,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, Union, get_args, get_origin
 
 from vlmtune.config.hints import HINTS
-from vlmtune.config.schema import LoraTuning, RunConfig, Section
+from vlmtune.config.schema import SOURCE_KINDS, FullTuning, LoraTuning, RunConfig, Section, XTunerLists
 from vlmtune.config.yaml_reader import Place, kind_of
 from vlmtune.errors import ConfigError
 
@@ -129,7 +129,11 @@ def _is_section(kind: Any) -> TypeGuard[type[Section]]:
 def _answers_to(kind: type[Section], step: int | str) -> bool:
     """Whether a member of a union is the one that pydantic names by `step`: a tag, or the name of the class."""
     method = kind.model_fields.get("method")
-    return step == kind.__name__ or (method is not None and step in get_args(method.annotation))
+    return (
+        step == kind.__name__
+        or SOURCE_KINDS.get(str(step)) is kind
+        or (method is not None and step in get_args(method.annotation))
+    )
 
 
 def _members(kind: Any) -> tuple[Any, ...]:
@@ -200,9 +204,9 @@ def _missing(found: Any, keys: list[int | str], field: FieldInfo | None) -> str:
 
 def _sketch(sections: Sequence[type[Section]]) -> str:
     """What a section must hold, as it could be written."""
-    if len(sections) > 1:
+    if FullTuning in sections:
         return "{method: …}"
-    fields = sections[0].model_fields
+    fields = sections[0].model_fields  # of sources: the file, which is the usual one
     required = [f"{name}: …" for name, field in fields.items() if field.is_required()]
     return "{" + ", ".join(required) + "}" if required else f"{{}} for the defaults, or the keys {', '.join(fields)}"
 
@@ -228,12 +232,17 @@ def _unknown_key(keys: list[str], holder: type[Section] | None) -> str:
         return "unknown key"
     key, section = keys[-1], ".".join(key for key in keys[:-1] if not key.isdecimal())
     known = list(holder.model_fields)
+    foreign = _of_another_source(key, holder)
+    if foreign:
+        return foreign
     hint = HINTS.get(key.lower().replace("-", "_"))
     if hint is not None and hint.key is None:
         return f"unknown key; remove it: {hint.note}"
     if hint is not None and hint.key is not None:
         owner, _, name = hint.key.rpartition(".")
         note = f" ({hint.note})" if hint.note else ""
+        if section == "data.sources" and owner == "model.image":
+            return f"unknown key; did you mean image: {{{name}: …}}{note}?"
         return f"unknown key; did you mean {name if owner == section else hint.key}{note}?"
     if section == "tuning" and key in LoraTuning.model_fields:
         return "is an option of LoRA, but the method is full; write method: lora (or dora, rslora, qlora), or remove it"
@@ -245,6 +254,27 @@ def _unknown_key(keys: list[str], holder: type[Section] | None) -> str:
         return f"unknown key; did you mean {elsewhere}?"
     extra = " (other arguments of transformers.TrainingArguments go into train.extra)" if section == "train" else ""
     return f"unknown key; expected one of {', '.join(known)}{extra}"
+
+
+def _of_another_source(key: str, holder: type[Section]) -> str:
+    """What to say of a key that belongs to another kind of source than the one it stands in."""
+    if holder not in SOURCE_KINDS.values():
+        return ""
+    owners = [_tells(kind) for kind in SOURCE_KINDS.values() if key in kind.model_fields]
+    if not owners:
+        return ""
+    if key in owners:
+        return f"does not go with {_tells(holder)}; a source has one of them, so make two entries, or remove one"
+    instead = {"repeat": "; write the number into repeat_times", "root": "; write the folder into image_folders"}
+    return (
+        f"belongs to a source with {' or '.join(owners)}, but this one has {_tells(holder)}"
+        f"{instead.get(key, '') if holder is XTunerLists else ''}"
+    )
+
+
+def _tells(kind: type[Section]) -> str:
+    """The key that tells a kind of source from the others."""
+    return next(name for name, field in kind.model_fields.items() if field.is_required())
 
 
 def leaves(kind: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:

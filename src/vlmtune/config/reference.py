@@ -15,13 +15,18 @@ from vlmtune.config.schema import (
     EarlyStopping,
     EvalConfig,
     FullTuning,
+    HubSource,
     ImageOptions,
     LoraTuning,
+    Mixed,
     ModelConfig,
+    Read,
     RunConfig,
     Section,
     SourceConfig,
     TrainConfig,
+    VideoOptions,
+    XTunerLists,
 )
 
 _HEAD = """\
@@ -44,6 +49,7 @@ One YAML file says what a run is. This page lists every key; it is written by `p
 _SECTIONS: tuple[tuple[str, str, type[Section]], ...] = (
     ("model", "What is fine-tuned.", ModelConfig),
     ("model.image", "A key that has no effect on the model is refused. See [models.md](models.md).", ImageOptions),
+    ("model.video", "One of the two keys.", VideoOptions),
     ("tuning, method: full", "The default. See [training.md](training.md).", FullTuning),
     (
         "tuning, method: lora, dora, rslora or qlora",
@@ -51,7 +57,11 @@ _SECTIONS: tuple[tuple[str, str, type[Section]], ...] = (
         LoraTuning,
     ),
     ("data", "See [data.md](data.md).", DataConfig),
-    ("data.sources and data.eval", "One entry per file.", SourceConfig),
+    ("data.sources and data.eval: a file", "The usual entry. See [data.md](data.md).", SourceConfig),
+    ("data.sources and data.eval: a dataset of the hub", "`hub` in the place of `path`.", HubSource),
+    ("data.sources and data.eval: XTuner's lists", "`data_paths` in the place of `path`.", XTunerLists),
+    ("every source: how often its rows come", "Not beside `data_paths`, which has `repeat_times`.", Mixed),
+    ("every source: how its rows are read", "For one source, whatever its kind.", Read),
     ("train", "See [training.md](training.md), and [scaling.md](scaling.md) for `strategy`.", TrainConfig),
     ("train.early_stopping", "Needs `data.eval`.", EarlyStopping),
     ("eval", "How `vlmtune eval` generates answers.", EvalConfig),
@@ -66,7 +76,9 @@ def render() -> str:
     version = RunConfig.model_fields["version"]
     parts = [_HEAD, "## version\n", *_table([("version", version)])]
     for title, note, section in _SECTIONS:
-        parts += [f"\n## {title}\n", f"{note}\n", *_table(section.model_fields.items())]
+        inherited = {name for base in section.__bases__ if issubclass(base, Section) for name in base.model_fields}
+        own = [(name, field) for name, field in section.model_fields.items() if name not in inherited]
+        parts += [f"\n## {title}\n", f"{note}\n", *_table(own)]
     return "\n".join(parts) + "\n"
 
 
@@ -91,16 +103,24 @@ def _kind(kind: Any, limits: Any = ()) -> str:
             return f"list of {len(arguments)} {_kind(arguments[0])}s"
         return f"list of {_plural(arguments[0])}"
     if origin is dict:
-        return "group of keys" if arguments[1] is Any else f"{_kind(arguments[0])}, each with a {_kind(arguments[1])}"
-    if isinstance(kind, type) and issubclass(kind, Section):
+        if arguments[1] is Any:
+            return "group of keys"
+        return f"{_kind(arguments[0])}, each with a {_kind(arguments[1])}"
+    if _is_group(kind):
         return "group of keys"
     return _PLAIN[kind] + _bounds(limits)
 
 
 def _plural(kind: Any) -> str:
-    if isinstance(kind, type) and issubclass(kind, Section):
+    members = get_args(get_args(kind)[0]) if get_origin(kind) is Annotated else ()
+    if any(_is_group(one) for one in (kind, *members)):
         return "groups of keys, or one group"
     return _kind(kind)
+
+
+def _is_group(kind: Any) -> bool:
+    plain = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return isinstance(plain, type) and issubclass(plain, Section)
 
 
 def _bounds(limits: Any) -> str:

@@ -13,10 +13,16 @@ def json_schema() -> dict[str, Any]:
     """The schema of what `load_config` accepts, its short forms included."""
     schema = RunConfig.model_json_schema()
     definitions = schema["$defs"]
-    # A single source stands without a list, a single target without brackets.
+    # A single source stands without a list, a single target, pattern or file without brackets.
     for name in ("sources", "eval"):
-        _or(definitions["DataConfig"]["properties"], name, {"$ref": "#/$defs/SourceConfig"})
+        properties = definitions["DataConfig"]["properties"]
+        _or(properties, name, *properties[name]["items"]["oneOf"])
     _or(definitions["LoraTuning"]["properties"], "targets", {"type": "string"})
+    _or(definitions["HubSource"]["properties"], "data_files", {"type": "string"})
+    lists = definitions["XTunerLists"]["properties"]
+    for name in ("data_paths", "image_folders"):
+        _or(lists, name, {"type": "string", "minLength": 1})
+    _or(lists, "repeat_times", {"type": "number", "exclusiveMinimum": 0})
     # Without `method` it is full tuning, so a section may not match both.
     definitions["LoraTuning"]["required"] = ["method"]
     # `train:` with everything commented out.
@@ -25,10 +31,10 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "vlmtune run"}
 
 
-def _or(properties: dict[str, Any], name: str, other: dict[str, Any]) -> None:
+def _or(properties: dict[str, Any], name: str, *others: dict[str, Any]) -> None:
     described = {key: properties[name][key] for key in ("description", "default", "title") if key in properties[name]}
     shape = {key: value for key, value in properties[name].items() if key not in described}
-    properties[name] = {**described, "anyOf": [shape, other]}
+    properties[name] = {**described, "anyOf": [shape, *others]}
 
 
 def render() -> str:

@@ -12,7 +12,7 @@ import pytest
 from vlmtune.config.explain import leaves
 from vlmtune.config.hints import HINTS
 from vlmtune.config.load import dump_config, is_hub_id, load_config
-from vlmtune.config.schema import FullTuning, LoraTuning, RunConfig, Section
+from vlmtune.config.schema import FullTuning, HubSource, LoraTuning, RunConfig, Section, SourceConfig, XTunerLists
 from vlmtune.errors import ConfigError
 
 MINIMAL = "model: {path: m}\ndata:\n  sources: {path: a.json}\n"
@@ -222,6 +222,93 @@ def test_every_hint_points_at_an_option_and_hides_none() -> None:
     assert set(HINTS) & {path.rpartition(".")[2] for path in options} == {"batch_size"}
 
 
+# --- sources ------------------------------------------------------------------------------------------------------
+
+
+def test_the_three_kinds_of_sources(load: Load, tmp_path: Path) -> None:
+    text = """model: {path: m}
+data:
+  sources:
+    - {path: a.json, repeat: 1.5, replace_prefix: {/old/: images/, 'D:\\': ""}}
+    - {hub: owner/name, split: train, data_files: x/*, choose: 100}
+    - {data_paths: [a.json, b.jsonl, c.json], image_folders: [a, null, c], repeat_times: [2, 0.5, 3.5]}
+  eval: {data_paths: a.json, image_folders: img, repeat_times: 1}
+"""
+    first, second, third = load(text).data.sources
+    assert isinstance(first, SourceConfig) and isinstance(second, HubSource) and isinstance(third, XTunerLists)
+    assert first.replace_prefix == {"/old/": f"{tmp_path}/images", "D:\\": ""}
+    assert second.data_files == ("x/*",) and second.choose == 100
+    assert third.image_folders == (f"{tmp_path}/a", None, f"{tmp_path}/c") and third.repeat_times == (2, 0.5, 3.5)
+    (alone,) = load(text).data.eval
+    assert isinstance(alone, XTunerLists) and alone.data_paths == (f"{tmp_path}/a.json",)
+    again = load(dump_config(load(text)))
+    assert again == load(text), "the resolved file says the same"
+
+
+def test_a_replacement_in_a_tar_is_no_folder(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "x.tar").touch()
+    text = "model: {path: m}\ndata: {sources: {path: a, root: x.tar, replace_prefix: {/old/: coco/}}}\n"
+    assert load(text).data.sources[0].replace_prefix == {"/old/": "coco/"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{data_paths: [a, b], image_folders: [c]}",
+            ": image_folders has 1 entries, but data_paths has 2; give every file its folder, or null.",
+        ),
+        (
+            "{data_paths: [a, b], image_folders: [null, c], repeat_times: 2}",
+            ": repeat_times has 1 entries, but data_paths has 2; give every file its number.",
+        ),
+        ("{data_paths: []}", ".data_paths: is empty."),
+        ("{data_paths: [a], repeat_times: [0]}", ".repeat_times.0: found 0; expected more than 0."),
+        ("{data_paths: [a, 3]}", ".data_paths.1: found the number 3; expected text (put it in quotes)."),
+        (
+            "{data_paths: [a], repeat: 2}",
+            ".repeat: belongs to a source with path or hub, but this one has data_paths; "
+            "write the number into repeat_times.",
+        ),
+        ("{path: a, repeat: 2, weight: 1}", ": repeat and weight say the same thing in different ways; give one"),
+        (
+            "{path: a, repeat: 2, choose: 3, weight: 1}",
+            ": repeat, choose and weight say the same thing in different ways; give one of them.",
+        ),
+        (
+            "{path: a, hub: b/c}",
+            ".path: does not go with hub; a source has one of them, so make two entries, or remove one.",
+        ),
+        (
+            "{path: a, data_paths: [b]}",
+            ".path: does not go with data_paths; a source has one of them, so make two entries, or remove one.",
+        ),
+        ("{hub: a/b, root: c}", ".root: belongs to a source with path, but this one has hub."),
+        ("{hub: ''}", ".hub: is empty."),
+        ("{path: a, root: 3}", ".root: is no path; expected a folder, a tar file, or a list of them."),
+        ("{path: a, root: [b, '']}", ".root: is no path; expected a folder, a tar file, or a list of them."),
+        ("{path: a, repeat: 0}", ".repeat: found 0; expected more than 0."),
+        ("{path: a, choose: 1.5}", ".choose: found the number 1.5; expected a whole number."),
+        ("{path: a, image: {max_tile: 3}}", ".image.max_tile: unknown key; did you mean max_tiles?"),
+        ("{path: a, replace_prefix: x}", ".replace_prefix: found the text 'x'; expected a group of keys."),
+        ("{root: a}", ".path: missing: a .json list, a .jsonl file,"),
+        ("{annotation: a}", ".annotation: unknown key; did you mean path?"),
+        ("{path: a, image_folder: b}", ".image_folder: unknown key; did you mean root?"),
+        ("{path: a, repeat_time: 2}", ".repeat_time: unknown key; did you mean repeat?"),
+        ("{path: a, sampling_ratio: 2}", ".sampling_ratio: unknown key; did you mean weight?"),
+        ("{path: a, proportion: 2}", ".proportion: unknown key; did you mean weight?"),
+        ("{path: a, num_samples: 2}", ".num_samples: unknown key; did you mean choose?"),
+        ("{path: a, max_dynamic_patch: 2}", ".max_dynamic_patch: unknown key; did you mean image: {max_tiles: …}?"),
+        ("{path: a, length: 2}", ".length: unknown key; remove it: rows are counted."),
+        ("{hub: a/b, repeat_time: 2}", ".repeat_time: unknown key; did you mean repeat?"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_sources(mistake: Mistake, source: str, message: str) -> None:
+    text = mistake(f"model: {{path: m}}\ndata:\n  sources:\n    - {{path: x}}\n    - {source}\n")
+    said = [line.strip() for line in text.split("\n")]
+    assert any(line.startswith(f"run.yaml:5: data.sources.1{message}") for line in said), text
+
+
 # --- overrides ----------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +341,12 @@ def test_an_empty_value_is_the_default_of_an_optional_key(load: Load) -> None:
 
 def test_overrides_reach_into_lists(load: Load, mistake: Mistake) -> None:
     listed = "model: {path: m}\ndata: {sources: [{path: a}, {path: b}]}\n"
-    assert load(listed, "data.sources.1.repeat=2").data.sources[1].repeat == 2
+    assert load(listed, "data.sources.1.repeat=2").data.sources[1].repeat == 2  # type: ignore[union-attr]
+    hub = load(listed, "data.sources.1={hub: a/b, split: val}", "data.sources.1.choose=7").data.sources[1]
+    assert isinstance(hub, HubSource) and hub.split == "val" and hub.choose == 7
+    assert mistake(listed, "data.sources.1.repeat=x") == (
+        "command line: data.sources.1.repeat: found the text 'x'; expected a number."
+    )
     assert mistake(listed, "data.sources.2.path=c") == (
         "command line: data.sources.2.path: data.sources is a list with the entries 0 to 1; 2 is none of them."
     )
@@ -358,7 +450,8 @@ def test_the_resolved_file_loads_to_the_same_from_anywhere(load: Load, tmp_path:
 
 
 def test_the_resolved_file_spells_out_every_option(load: Load) -> None:
-    text = dump_config(load(MINIMAL + "tuning: {method: lora}\n"))
+    sources = "{sources: [{path: a}, {hub: a/b}, {data_paths: [a]}]}"
+    text = dump_config(load(f"model: {{path: m}}\ndata: {sources}\ntuning: {{method: lora}}\n"))
     for option in leaves():
         assert f"{option.rpartition('.')[2]}:" in text or option in (
             "train.early_stopping.patience",

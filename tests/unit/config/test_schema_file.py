@@ -21,6 +21,10 @@ def errors(values: Any) -> list[str]:
     return [error.message for error in jsonschema.Draft202012Validator(json_schema()).iter_errors(values)]
 
 
+def sources(value: Any) -> Any:
+    return {"model": {"path": "m"}, "data": {"sources": value}}
+
+
 def test_the_committed_schema_is_up_to_date() -> None:
     committed = (REPOSITORY / "schema" / "run.schema.json").read_text(encoding="utf-8")
     assert committed == render(), "run: python -m vlmtune.config.schema_file > schema/run.schema.json"
@@ -60,6 +64,10 @@ def test_examples_open_with_a_title_and_differ() -> None:
             "data": {"sources": [{"path": "a"}]},
             "tuning": {"method": "lora", "targets": "vision"},
         },
+        sources({"hub": "a/b", "data_files": "x/*", "choose": 3}),
+        sources({"data_paths": "a", "image_folders": "b", "repeat_times": 2, "replace_prefix": {"/a/": ""}}),
+        sources([{"data_paths": ["a", "b"], "image_folders": ["b", None], "repeat_times": [2, 0.5]}, {"path": "a"}]),
+        sources({"path": "a", "root": ["b", "c"], "image": {"max_tiles": 3}, "columns": {"answer": "x"}}),
     ],
 )
 def test_short_forms_fit_the_schema(values: Any) -> None:
@@ -72,6 +80,11 @@ def test_short_forms_fit_the_schema(values: Any) -> None:
         {"model": {"path": "m"}},
         {"model": {"path": "m"}, "data": {"sources": [{"path": "a", "x": 1}]}},
         {"model": {"path": "m"}, "data": {"sources": [{"path": "a"}]}, "tuning": {"rank": 3}},
+        sources({"path": "a", "hub": "b/c"}),
+        sources({"data_paths": ["a"], "repeat": 2}),
+        sources({"data_paths": []}),
+        sources({"hub": "a/b", "root": "c"}),
+        sources({"path": "a", "root": 3}),
     ],
 )
 def test_mistakes_do_not_fit_the_schema(values: Any) -> None:
