@@ -52,7 +52,7 @@ class MediaRoot:
             DataError: a web address, a path that leaves the folders, a missing file, a broken data URI.
         """
         if name[:5].lower() == "data:":
-            return _inline(name)
+            return inline(name)
         path, mode = self._found(name)
         self._stays_inside(name, path, is_link=stat.S_ISLNK(mode))
         if stat.S_ISLNK(mode):
@@ -199,7 +199,7 @@ def without_file_scheme(name: str) -> str:
     return name
 
 
-def _inline(uri: str) -> MediaRef:
+def inline(uri: str) -> MediaRef:
     """``data:[type][;base64],payload`` as a reference that carries its bytes."""
     head, comma, payload = uri.partition(",")
     if not comma:
