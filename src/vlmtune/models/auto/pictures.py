@@ -20,8 +20,7 @@ import torch
 from vlmtune.config.schema import ImageOptions
 from vlmtune.data.sample import MediaPlan, Size
 from vlmtune.errors import ConfigError, DataError
-
-_SMOLVLM_LIMIT = 4096  # SmolVLM's image processor never resizes beyond this edge
+from vlmtune.models.auto import cuts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +28,8 @@ class PictureKind:
     """One kind of transformers image processor.
 
     layout(processor, size) -> the numbers that describe the cut; describe(layout) -> the image processor's own outputs
-    as far as `replace_image_token` reads them; tiles(layout) -> sub-images that the tower sees.
+    as far as `replace_image_token` reads them; tiles(layout) -> sub-images that the tower sees; cut(processor, picture,
+    layout) -> the image processor's tensors, or None for settings that only the image processor itself follows.
     """
 
     processors: tuple[str, ...]
@@ -37,6 +37,7 @@ class PictureKind:
     describe: Callable[[tuple[int, ...]], dict[str, Any]]
     tiles: Callable[[tuple[int, ...]], int]
     overrides: Callable[[Any, ImageOptions], dict[str, Any]]
+    cut: Callable[[Any, PIL.Image.Image, tuple[int, ...]], dict[str, torch.Tensor] | None]
     batch_axis: int = 0
     nested: bool = False
     """The processor wants a list of pictures per row."""
@@ -95,7 +96,7 @@ def _split_layout(processor: Any, size: Size) -> tuple[int, ...]:
         return (0, 0)
     width, height = size
     if processor.do_resize:
-        width, height = _below_limit(*_to_longest_edge(width, height, processor.size["longest_edge"]))
+        width, height = cuts.below_limit(*cuts.to_longest_edge(width, height, processor.size["longest_edge"]))
     edge = processor.max_image_size["longest_edge"]
     aspect = width / height
     if width >= height:
@@ -107,26 +108,6 @@ def _split_layout(processor: Any, size: Size) -> tuple[int, ...]:
     if height <= edge and width <= edge:
         return (0, 0)
     return height // edge, width // edge
-
-
-def _to_longest_edge(width: int, height: int, longest: int) -> Size:
-    aspect = width / height
-    if width >= height:
-        width, height = longest, int(longest / aspect)
-        height += height % 2
-    else:
-        width, height = int(longest * aspect), longest
-        width += width % 2
-    return max(width, 1), max(height, 1)
-
-
-def _below_limit(width: int, height: int) -> Size:
-    aspect = width / height
-    if width >= height and width > _SMOLVLM_LIMIT:
-        width, height = _SMOLVLM_LIMIT, int(_SMOLVLM_LIMIT / aspect)
-    elif height > width and height > _SMOLVLM_LIMIT:
-        width, height = int(_SMOLVLM_LIMIT * aspect), _SMOLVLM_LIMIT
-    return max(width, 1), max(height, 1)
 
 
 def _whole_layout(processor: Any, size: Size) -> tuple[int, ...]:
@@ -147,6 +128,7 @@ KINDS: tuple[PictureKind, ...] = (
         describe=lambda layout: {"num_patches": [layout[0]]},
         tiles=lambda layout: layout[0],
         overrides=_tiles_overrides,
+        cut=cuts.tiled,
     ),
     PictureKind(
         processors=("Qwen2VLImageProcessorPil",),
@@ -154,6 +136,7 @@ KINDS: tuple[PictureKind, ...] = (
         describe=lambda layout: {"image_grid_thw": np.array([[1, *layout]])},
         tiles=lambda layout: 1,
         overrides=_grid_overrides,
+        cut=cuts.gridded,
     ),
     PictureKind(
         processors=("SmolVLMImageProcessorPil", "Idefics3ImageProcessorPil"),
@@ -161,6 +144,7 @@ KINDS: tuple[PictureKind, ...] = (
         describe=lambda layout: {"rows": [[layout[0]]], "cols": [[layout[1]]]},
         tiles=lambda layout: layout[0] * layout[1] + 1,
         overrides=_no_overrides,
+        cut=cuts.split,
         batch_axis=1,
         nested=True,
     ),
@@ -170,6 +154,7 @@ KINDS: tuple[PictureKind, ...] = (
         describe=lambda layout: {"pixel_values": [np.broadcast_to(np.float32(0), (3, *layout))]},
         tiles=lambda layout: 1,
         overrides=_no_overrides,
+        cut=cuts.whole,
     ),
 )
 
@@ -272,8 +257,13 @@ def _blank_outputs(image_processor: Any, size: Size) -> Mapping[str, Any]:
 
 
 def picture_pixels(picture: PIL.Image.Image, spec: AutoSpec) -> dict[str, torch.Tensor]:
-    """The image processor's tensors for one picture."""
+    """The image processor's tensors for one picture: by the short way, or from the image processor itself."""
     kind = spec.kind
+    if kind is not None and picture.mode == "RGB":
+        layout = kind.layout(spec.image_processor, picture.size)
+        found = kind.cut(spec.image_processor, picture, layout)
+        if found is not None:
+            return found
     nested = kind is not None and kind.nested
     outputs = spec.image_processor([[picture]] if nested else [picture], return_tensors="pt")
     return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
