@@ -186,7 +186,8 @@ class Members:
 
     def part(self, i: int) -> int:
         """Which of `parts` the content of member `i` begins in."""
-        return int(np.searchsorted(self._part_starts, int(self._arrays["offsets"][i]), side="right")) - 1
+        found = int(np.searchsorted(self._part_starts, int(self._arrays["offsets"][i]), side="right")) - 1
+        return min(found, len(self.parts) - 1)  # an empty member may begin where everything ends
 
     def archive(self, i: int) -> int:
         """Which of `archives` member `i` stands in."""

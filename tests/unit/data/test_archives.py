@@ -197,6 +197,12 @@ def test_any_damage_is_a_data_error_or_harmless(
         assert root.members.length(i) <= len(content)
 
 
+def test_an_empty_member_may_end_an_archive_without_an_end_mark(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [("a", b"1"), ("empty", b"")])
+    path.write_bytes(path.read_bytes()[: 3 * 512])
+    assert media.read_bytes(root_of(path).locate("empty")) == b""
+
+
 def test_joined_archives_are_read_to_their_end(tmp_path: Path) -> None:
     first, second = (write_tar(tmp_path / f"{n}.tar", [(n, n * 3)]) for n in "ab")
     first.write_bytes(first.read_bytes() + second.read_bytes())
