@@ -129,6 +129,10 @@ class MediaPlan:
     """Ids that the picture takes in the sequence, separators included."""
     num_tiles: int
     layout: tuple[int, ...]
+    is_frame: bool = False
+    """A frame of a video: families that cut pictures into tiles leave it whole."""
+    resized: Size | None = None
+    """(width, height) of the whole picture after the family's resize; None when the model sees only a part of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

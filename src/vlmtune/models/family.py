@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vlmtune.config.schema import Component, ImageOptions, MediaOptions
-from vlmtune.data.sample import Encoded, MediaPlan, Size
+from vlmtune.data.sample import BoxUnit, Encoded, MediaPlan, Size
 from vlmtune.models.text import TextEncoder
 
 if TYPE_CHECKING:
@@ -20,6 +20,40 @@ if TYPE_CHECKING:
     import PIL.Image
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameFormat:
+    """The text around the frames of one video.
+
+    ::
+
+        opening  before frame  joint  before frame  joint  before frame  close
+
+    Filled in: in `opening` {count} (frames that are shown) and {duration} (of the film, H:MM:SS); in `before` {number}
+    (from 1) and {time} (MM:SS).
+    """
+
+    opening: str = ""
+    before: str = ""
+    joint: str = ""
+    close: str = ""
+    count_in_words: bool = False
+    """{count} as an English word; needs the package num2words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BoxFormat:
+    """How a box stands in the text.
+
+    template: with {x1}, {y1}, {x2} and {y2}; special tokens in it are special.
+    unit: thousand: 0–1000 of the picture; pixels: of the picture after the family's resize; unit: 0–1 of the picture.
+    decimals: digits after the point, with the unit `unit`; the others are whole numbers.
+    """
+
+    template: str = "[{x1}, {y1}, {x2}, {y2}]"
+    unit: BoxUnit = "thousand"
+    decimals: int = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +93,8 @@ class ChatFormat:
     """A newline beside an `<image>` mark belongs to the mark and is left to the template."""
     stop_ids: tuple[int, ...] = ()
     """Token ids at which generation ends."""
+    frames: FrameFormat | None = None
+    """What stands around the frames of a video; None: each frame stands as a picture of its own would."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +162,15 @@ class Family(Protocol):
         """What preprocessor_config.json must say so that others cut pictures as `options` do; {} without options."""
         ...
 
-    def plan(self, sizes: Sequence[Size], spec: Any) -> tuple[MediaPlan, ...]:
-        """All pictures of one sample at once (some families divide a tile budget among them); sizes only."""
+    def boxes(self, folder: ModelFolder) -> BoxFormat:
+        """How the model was taught to write boxes."""
+        ...
+
+    def plan(self, sizes: Sequence[Size], spec: Any, is_frame: Sequence[bool] = ()) -> tuple[MediaPlan, ...]:
+        """All pictures of one sample at once (some families divide a tile budget among them); sizes only.
+
+        is_frame: which of them are frames of a video; none when left out.
+        """
         ...
 
     def span_ids(self, plan: MediaPlan, spec: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -136,6 +179,10 @@ class Family(Protocol):
 
     def pixels(self, picture: PIL.Image.Image, plan: MediaPlan, spec: Any) -> dict[str, torch.Tensor]:
         """One picture as model inputs; must agree with its plan."""
+        ...
+
+    def view(self, pixels: dict[str, torch.Tensor], spec: Any) -> list[PIL.Image.Image]:
+        """What the tower sees, as pictures again: tiles in their order; nothing where that cannot be told."""
         ...
 
     def collate_pixels(self, pixels: Sequence[dict[str, torch.Tensor]], spec: Any) -> dict[str, torch.Tensor]:
@@ -186,6 +233,7 @@ class OpenedFolder:
     shared_length: int | None
     media: MediaOptions
     """How pictures and videos are read; `exif` is decided."""
+    boxes: BoxFormat
 
     def with_image(self, options: ImageOptions | None) -> OpenedFolder:
         """The same folder for a source that cuts its pictures in its own way."""

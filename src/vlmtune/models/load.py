@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +18,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from vlmtune.config.hub import HUB_ID
 from vlmtune.config.schema import MediaOptions
-from vlmtune.errors import WeightsError
-from vlmtune.models.family import ModelFolder, OpenedFolder
+from vlmtune.errors import ConfigError, WeightsError
+from vlmtune.models.family import BoxFormat, Family, ModelFolder, OpenedFolder
 from vlmtune.models.registry import detect
 from vlmtune.models.text import TextEncoder
 from vlmtune.nn.attention import PACKED
@@ -103,7 +104,21 @@ def open_folder(path: str | os.PathLike[str], media: MediaOptions | None = None)
         why_not_packed=family.why_not_packed(folder),
         shared_length=family.shared_length(folder),
         media=media.model_copy(update={"exif": media.exif or family.exif}),
+        boxes=_box_format(folder, family, spec, media),
     )
+
+
+def _box_format(folder: ModelFolder, family: Family, spec: Any, media: MediaOptions) -> BoxFormat:
+    """The family's, with the unit that the user asks for."""
+    own = family.boxes(folder)
+    chosen = replace(own, unit=media.boxes or own.unit)
+    if chosen.unit == "pixels" and family.plan([(64, 64)], spec)[0].resized is None:
+        raise ConfigError(
+            "is pixels, but this model sees only a part of the resized picture, in which a box may have no place",
+            where="model.boxes",
+            expected="thousand or unit",
+        )
+    return chosen
 
 
 def _attention(opened: OpenedFolder, name: str) -> str | dict[str, str]:

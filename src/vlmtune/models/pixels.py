@@ -83,6 +83,27 @@ def patches(picture: PIL.Image.Image, *, edge: int, merge: int, frames: int, tab
     return result
 
 
+def seen_tiles(values: torch.Tensor, table: np.ndarray) -> list[PIL.Image.Image]:
+    """The pictures that `tiles` was given: (n, 3, H, W) back to bytes, exactly."""
+    return [PIL.Image.fromarray(_bytes(tile, table)) for tile in values.numpy().transpose(0, 2, 3, 1)]
+
+
+def seen_patches(
+    values: torch.Tensor, grid: tuple[int, int], *, edge: int, merge: int, frames: int, table: np.ndarray
+) -> PIL.Image.Image:
+    """The picture that `patches` was given; grid: its (rows, columns) of patches."""
+    down, across = grid
+    first = values.numpy().reshape(down // merge, across // merge, merge, merge, 3, frames, edge, edge)[:, :, :, :, :, 0]
+    laid = first.transpose(0, 2, 5, 1, 3, 6, 4).reshape(down * edge, across * edge, 3)
+    return PIL.Image.fromarray(_bytes(laid, table))
+
+
+def _bytes(values: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Normalised (…, 3) back to uint8: a channel's table is a straight line."""
+    steps = (table[:, 255] - table[:, 0]) / 255
+    return np.rint((values - table[:, 0]) / steps).clip(0, 255).astype(np.uint8)
+
+
 def _planes(picture: PIL.Image.Image) -> list[np.ndarray]:
     """The three channels, uint8 (H, W); Pillow takes them apart faster than NumPy strides over them."""
     return [np.asarray(band) for band in picture.split()]

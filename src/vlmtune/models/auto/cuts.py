@@ -14,7 +14,7 @@ import torch
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vlmtune.data.sample import Size
-from vlmtune.models.pixels import patches, tiles, tone_table
+from vlmtune.models.pixels import patches, seen_patches, seen_tiles, tiles, tone_table
 
 Pixels = dict[str, torch.Tensor]
 
@@ -23,8 +23,8 @@ _SMOLVLM_LIMIT = 4096  # SmolVLM's image processor never resizes beyond this edg
 
 def tiled(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> Pixels | None:
     """InternVL: the picture stretched over the grid of tiles that is most like it, and once more as a thumbnail."""
-    edges, tones = _edges(processor.size), _tones(processor)
-    if edges is None or tones is None:
+    edges, table = _edges(processor.size), tones(processor)
+    if edges is None or table is None:
         return None
     width, height = edges
     parts = []
@@ -37,14 +37,14 @@ def tiled(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> 
         return None
     if not parts or parts[0][1] != (1, 1):
         parts.append((_resized(picture, edges, processor), (1, 1)))
-    values = tiles(parts, edges, tones)
+    values = tiles(parts, edges, table)
     return {"pixel_values": values, "num_patches": torch.tensor([len(values)])}
 
 
 def gridded(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> Pixels | None:
     """Qwen-VL: the picture resized to whole patches, one row of numbers per patch."""
-    tones = _tones(processor)
-    if tones is None or not processor.do_resize:
+    table = tones(processor)
+    if table is None or not processor.do_resize:
         return None
     rows, columns = layout
     edge = int(processor.patch_size)
@@ -53,15 +53,15 @@ def gridded(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -
         edge=edge,
         merge=int(processor.merge_size),
         frames=int(processor.temporal_patch_size),
-        table=tones,
+        table=table,
     )
     return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, rows, columns]])}
 
 
 def split(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> Pixels | None:
     """SmolVLM: resized to its longest edge, then to whole tiles; the thumbnail is made from the latter."""
-    tones, longest = _tones(processor), processor.size["longest_edge"]
-    if tones is None or not processor.do_resize or not processor.do_pad or not longest:
+    table, longest = tones(processor), processor.size["longest_edge"]
+    if table is None or not processor.do_resize or not processor.do_pad or not longest:
         return None
     rows, columns = layout
     edge = int(processor.max_image_size["longest_edge"])
@@ -69,7 +69,7 @@ def split(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> 
     whole = _resized(first, (max(columns, 1) * edge, max(rows, 1) * edge), processor)
     parts = [(whole, (rows, columns))] if rows else []
     parts.append((_resized(whole, (edge, edge), processor), (1, 1)))
-    values = tiles(parts, (edge, edge), tones)[None]
+    values = tiles(parts, (edge, edge), table)[None]
     return {
         "pixel_values": values,
         "pixel_attention_mask": torch.ones(1, values.shape[1], edge, edge, dtype=torch.long),
@@ -78,8 +78,8 @@ def split(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> 
 
 def whole(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> Pixels | None:
     """CLIP and SigLIP: resized, and cut to the middle where the image processor does so."""
-    tones = _tones(processor)
-    if tones is None or not processor.do_resize or processor.do_pad:
+    table = tones(processor)
+    if table is None or not processor.do_resize or processor.do_pad:
         return None
     edges = _edges(processor.size)
     if edges is None:
@@ -94,7 +94,20 @@ def whole(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> 
             return None  # the image processor frames what is too small in black
         left, top = (edges[0] - middle[0]) // 2, (edges[1] - middle[1]) // 2
         resized = resized.crop((left, top, left + middle[0], top + middle[1]))
-    return {"pixel_values": tiles([(resized, (1, 1))], resized.size, tones)}
+    return {"pixel_values": tiles([(resized, (1, 1))], resized.size, table)}
+
+
+def seen(processor: Any, pixels: Pixels) -> list[PIL.Image.Image]:
+    """What the tower sees of one picture, from its tensors; nothing where the tones are of another kind."""
+    table = tones(processor)
+    if table is None:
+        return []
+    values = pixels["pixel_values"]
+    if "image_grid_thw" not in pixels:
+        return seen_tiles(values.reshape(-1, *values.shape[-3:]), table)
+    _, rows, columns = pixels["image_grid_thw"][0].tolist()
+    edge, merge, frames = int(processor.patch_size), int(processor.merge_size), int(processor.temporal_patch_size)
+    return [seen_patches(values, (rows, columns), edge=edge, merge=merge, frames=frames, table=table)]
 
 
 def to_longest_edge(width: int, height: int, longest: int) -> Size:
@@ -139,7 +152,7 @@ def _resized(picture: PIL.Image.Image, size: Size, processor: Any) -> PIL.Image.
     return picture.resize(size, PIL.Image.Resampling(processor.resample))
 
 
-def _tones(processor: Any) -> np.ndarray | None:
+def tones(processor: Any) -> np.ndarray | None:
     """The table of this image processor; None where its numbers or its filter are of another kind."""
     if not isinstance(processor.resample, int) or not (processor.do_rescale or processor.do_normalize):
         return None

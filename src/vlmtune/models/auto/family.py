@@ -22,10 +22,10 @@ from vlmtune import compat
 from vlmtune.config.schema import Component, ImageOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Size
 from vlmtune.errors import WeightsError
-from vlmtune.models.auto import pictures
+from vlmtune.models.auto import conventions, pictures
 from vlmtune.models.auto.pictures import AutoSpec, KeyedConfig
 from vlmtune.models.auto.template import probe
-from vlmtune.models.family import ChatFormat, Components, ModelFolder
+from vlmtune.models.family import BoxFormat, ChatFormat, Components, ModelFolder
 from vlmtune.models.text import TextEncoder
 
 # Where transformers' image-text-to-text classes keep their parts; the longest matching prefix wins.
@@ -122,17 +122,24 @@ class AutoFamily:
                 remedy="Without it the prompt that the model was trained with is unknown. Use the instruction-tuned "
                 "checkpoint, or write the template into the folder.",
             )
-        return probe(tokenizer, template, spec.processor.image_token, text, place=str(folder.path))
+        chat = probe(tokenizer, template, spec.processor.image_token, text, place=str(folder.path))
+        return dataclasses.replace(chat, frames=conventions.frames(str(folder.config.get("model_type"))))
 
-    def plan(self, sizes: Sequence[Size], spec: AutoSpec) -> tuple[MediaPlan, ...]:
-        return tuple(pictures.plan_picture(size, spec) for size in sizes)
+    def boxes(self, folder: ModelFolder) -> BoxFormat:
+        return conventions.boxes(str(folder.config.get("model_type")))
+
+    def plan(self, sizes: Sequence[Size], spec: AutoSpec, is_frame: Sequence[bool] = ()) -> tuple[MediaPlan, ...]:
+        flags = is_frame or [False] * len(sizes)
+        return tuple(pictures.plan_picture(size, spec, is_frame=flag) for size, flag in zip(sizes, flags, strict=True))
 
     def span_ids(self, plan: MediaPlan, spec: AutoSpec) -> tuple[np.ndarray, np.ndarray]:
         return pictures.picture_ids(plan, spec)
 
     def pixels(self, picture: PIL.Image.Image, plan: MediaPlan, spec: AutoSpec) -> dict[str, torch.Tensor]:
-        del plan
-        return pictures.picture_pixels(picture, spec)
+        return pictures.picture_pixels(picture, spec, is_frame=plan.is_frame)
+
+    def view(self, pixels: dict[str, torch.Tensor], spec: AutoSpec) -> list[PIL.Image.Image]:
+        return pictures.picture_view(pixels, spec)
 
     def collate_pixels(self, pixels: Sequence[dict[str, torch.Tensor]], spec: AutoSpec) -> dict[str, torch.Tensor]:
         return pictures.collate_pixels(pixels, spec)

@@ -7,6 +7,7 @@ running it over a blank picture of the same size, once per size: right, and slow
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vlmtune.config.schema import ImageOptions
 from vlmtune.data.sample import MediaPlan, Size
@@ -28,16 +30,20 @@ class PictureKind:
     """One kind of transformers image processor.
 
     layout(processor, size) -> the numbers that describe the cut; describe(layout) -> the image processor's own outputs
-    as far as `replace_image_token` reads them; tiles(layout) -> sub-images that the tower sees; cut(processor, picture,
-    layout) -> the image processor's tensors, or None for settings that only the image processor itself follows.
+    as far as `replace_image_token` reads them; tiles(layout) -> sub-images that the tower sees; resized(processor,
+    size, layout) -> the size of the whole picture after the resize, see `MediaPlan`; cut(processor, picture, layout) ->
+    the image processor's tensors, or None for settings that only the image processor itself follows.
     """
 
     processors: tuple[str, ...]
     layout: Callable[[Any, Size], tuple[int, ...]]
     describe: Callable[[tuple[int, ...]], dict[str, Any]]
     tiles: Callable[[tuple[int, ...]], int]
+    resized: Callable[[Any, Size, tuple[int, ...]], Size | None]
     overrides: Callable[[Any, ImageOptions], dict[str, Any]]
     cut: Callable[[Any, PIL.Image.Image, tuple[int, ...]], dict[str, torch.Tensor] | None]
+    uncut: Mapping[str, bool] = field(default_factory=dict)
+    """The setting of the image processor that leaves a picture whole; none where pictures always stay whole."""
     batch_axis: int = 0
     nested: bool = False
     """The processor wants a list of pictures per row."""
@@ -46,6 +52,14 @@ class PictureKind:
 def _tiles_layout(processor: Any, size: Size) -> tuple[int, ...]:
     width, height = size
     return (int(processor.get_number_of_image_patches(height, width, {})),)
+
+
+def _tiles_resized(processor: Any, size: Size, layout: tuple[int, ...]) -> Size:
+    width, height = processor.size["width"], processor.size["height"]
+    if layout == (1,):
+        return width, height
+    columns, rows = get_optimal_tiled_canvas(size[::-1], (height, width), processor.min_patches, processor.max_patches)
+    return columns * width, rows * height
 
 
 def _tiles_overrides(processor: Any, options: ImageOptions) -> dict[str, Any]:
@@ -74,6 +88,11 @@ def _grid_layout(processor: Any, size: Size) -> tuple[int, ...]:
         rows = math.ceil(height * grow / factor) * factor
         columns = math.ceil(width * grow / factor) * factor
     return rows // processor.patch_size, columns // processor.patch_size
+
+
+def _grid_resized(processor: Any, size: Size, layout: tuple[int, ...]) -> Size:
+    del size
+    return layout[1] * processor.patch_size, layout[0] * processor.patch_size
 
 
 def _grid_overrides(processor: Any, options: ImageOptions) -> dict[str, Any]:
@@ -110,10 +129,21 @@ def _split_layout(processor: Any, size: Size) -> tuple[int, ...]:
     return height // edge, width // edge
 
 
+def _split_resized(processor: Any, size: Size, layout: tuple[int, ...]) -> Size:
+    del size
+    edge = processor.max_image_size["longest_edge"]
+    return max(layout[1], 1) * edge, max(layout[0], 1) * edge
+
+
 def _whole_layout(processor: Any, size: Size) -> tuple[int, ...]:
     del size
     edges = processor.crop_size if processor.do_center_crop else processor.size
     return int(edges["height"]), int(edges["width"])
+
+
+def _whole_resized(processor: Any, size: Size, layout: tuple[int, ...]) -> Size | None:
+    del size
+    return None if processor.do_center_crop else (layout[1], layout[0])
 
 
 def _no_overrides(processor: Any, options: ImageOptions) -> dict[str, Any]:
@@ -127,14 +157,17 @@ KINDS: tuple[PictureKind, ...] = (
         layout=_tiles_layout,
         describe=lambda layout: {"num_patches": [layout[0]]},
         tiles=lambda layout: layout[0],
+        resized=_tiles_resized,
         overrides=_tiles_overrides,
         cut=cuts.tiled,
+        uncut={"crop_to_patches": False},
     ),
     PictureKind(
         processors=("Qwen2VLImageProcessorPil",),
         layout=_grid_layout,
         describe=lambda layout: {"image_grid_thw": np.array([[1, *layout]])},
         tiles=lambda layout: 1,
+        resized=_grid_resized,
         overrides=_grid_overrides,
         cut=cuts.gridded,
     ),
@@ -143,8 +176,10 @@ KINDS: tuple[PictureKind, ...] = (
         layout=_split_layout,
         describe=lambda layout: {"rows": [[layout[0]]], "cols": [[layout[1]]]},
         tiles=lambda layout: layout[0] * layout[1] + 1,
+        resized=_split_resized,
         overrides=_no_overrides,
         cut=cuts.split,
+        uncut={"do_image_splitting": False},
         batch_axis=1,
         nested=True,
     ),
@@ -153,6 +188,7 @@ KINDS: tuple[PictureKind, ...] = (
         layout=_whole_layout,
         describe=lambda layout: {"pixel_values": [np.broadcast_to(np.float32(0), (3, *layout))]},
         tiles=lambda layout: 1,
+        resized=_whole_resized,
         overrides=_no_overrides,
         cut=cuts.whole,
     ),
@@ -192,6 +228,16 @@ class AutoSpec:
     def kind(self) -> PictureKind | None:
         return find_kind(self.image_processor)
 
+    def processor_of(self, is_frame: bool) -> Any:
+        """The image processor, for frames without the cut into tiles: one tile and no thumbnail, as InternVL and
+        SmolVLM take them."""
+        uncut = self.kind.uncut if self.kind and is_frame else {}
+        if not uncut:
+            return self.image_processor
+        whole = copy.copy(self.image_processor)
+        vars(whole).update(uncut)
+        return whole
+
 
 def find_kind(image_processor: Any) -> PictureKind | None:
     name = type(image_processor).__name__
@@ -224,16 +270,26 @@ def overrides(image_processor: Any, options: ImageOptions) -> dict[str, Any]:
     return changed
 
 
-def plan_picture(size: Size, spec: AutoSpec) -> MediaPlan:
+def plan_picture(size: Size, spec: AutoSpec, *, is_frame: bool) -> MediaPlan:
     """Layout and number of ids of a picture with this (width, height)."""
     kind = spec.kind
+    image_processor = spec.processor_of(is_frame)
+    resized = None
     if kind is None:
         layout: tuple[int, ...] = size
-        num_tiles = _blank_outputs(spec.image_processor, size)["pixel_values"].shape[0]
+        num_tiles = _blank_outputs(image_processor, size)["pixel_values"].shape[0]
     else:
-        layout = kind.layout(spec.image_processor, size)
+        layout = kind.layout(image_processor, size)
         num_tiles = kind.tiles(layout)
-    return MediaPlan(size=size, num_tokens=len(_ids(layout, spec)), num_tiles=num_tiles, layout=layout)
+        resized = kind.resized(image_processor, size, layout)
+    return MediaPlan(
+        size=size,
+        num_tokens=len(_ids(layout, spec)),
+        num_tiles=num_tiles,
+        layout=layout,
+        is_frame=is_frame,
+        resized=resized,
+    )
 
 
 def picture_ids(plan: MediaPlan, spec: AutoSpec) -> tuple[np.ndarray, np.ndarray]:
@@ -256,17 +312,22 @@ def _blank_outputs(image_processor: Any, size: Size) -> Mapping[str, Any]:
     return dict(image_processor([PIL.Image.new("RGB", size)], return_tensors="pt"))
 
 
-def picture_pixels(picture: PIL.Image.Image, spec: AutoSpec) -> dict[str, torch.Tensor]:
+def picture_pixels(picture: PIL.Image.Image, spec: AutoSpec, *, is_frame: bool = False) -> dict[str, torch.Tensor]:
     """The image processor's tensors for one picture: by the short way, or from the image processor itself."""
     kind = spec.kind
+    image_processor = spec.processor_of(is_frame)
     if kind is not None and picture.mode == "RGB":
-        layout = kind.layout(spec.image_processor, picture.size)
-        found = kind.cut(spec.image_processor, picture, layout)
+        found = kind.cut(image_processor, picture, kind.layout(image_processor, picture.size))
         if found is not None:
             return found
     nested = kind is not None and kind.nested
-    outputs = spec.image_processor([[picture]] if nested else [picture], return_tensors="pt")
+    outputs = image_processor([[picture]] if nested else [picture], return_tensors="pt")
     return {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def picture_view(pixels: dict[str, torch.Tensor], spec: AutoSpec) -> list[PIL.Image.Image]:
+    """One picture's tensors as pictures again; nothing for an image processor of an unknown kind."""
+    return cuts.seen(spec.image_processor, pixels) if spec.kind else []
 
 
 def collate_pixels(pixels: Sequence[dict[str, torch.Tensor]], spec: AutoSpec) -> dict[str, torch.Tensor]:
