@@ -29,7 +29,7 @@ def collate(rows: Sequence[Sequence[Encoded]], opened: OpenedFolder, *, stand_in
     """
     if len(rows) > 1 and any(len(row) != 1 for row in rows):
         raise ValueError("a padded batch holds one sample per row; packs come one at a time")
-    pixels = [[picture for sample in row for picture in _pictures(sample, opened)] for row in rows]
+    pixels = [[picture for sample in row for picture in row_pixels(sample, opened)] for row in rows]
     lengths = [sum(sample.num_tokens for sample in row) for row in rows]
     ids, labels = _blank(rows, lengths, opened)
     inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
@@ -62,7 +62,7 @@ def prompt_batch(prompts: Sequence[Encoded], opened: OpenedFolder) -> dict[str, 
         start = width - prompt.num_tokens
         ids[row, start:] = torch.from_numpy(prompt.input_ids.astype(np.int64))
         mask[row, start:] = 1
-        pixels += _pictures(prompt, opened)
+        pixels += row_pixels(prompt, opened)
     return {
         "input_ids": ids,
         "attention_mask": mask,
@@ -78,7 +78,12 @@ def smallest_picture(opened: OpenedFolder) -> Pixels:
     return opened.family.collate_pixels([opened.family.pixels(picture, plan, opened.spec)], opened.spec)
 
 
-def _pictures(sample: Encoded, opened: OpenedFolder) -> list[Pixels]:
+def row_pixels(sample: Encoded, opened: OpenedFolder) -> list[Pixels]:
+    """The model inputs of each medium of a row, decoded and cut.
+
+    Raises:
+        DataError: with the row's origin: a picture that cannot be read, or is not what it was when it was planned.
+    """
     pixels = []
     for ref, plan in sample.media:
         try:
