@@ -1,10 +1,4 @@
-"""What a row says, as a `Sample`: one function per data format, chosen by the row's keys.
-
-==================  =====================================================================================
-`conversations`     LLaVA, ShareGPT, InternVL, XComposer: turns with `from` / `value`, pictures in `image`
-                    or `images`, their places marked `<image>` or `<ImageHere>`
-`messages`          OpenAI: turns with `role` / `content`; a content is a string or a list of parts
-==================  =====================================================================================
+"""What a row says, as a `Sample`. Which format a row has is known by its keys: see `data.formats`.
 
 Text is kept exactly as it stands, the newline beside a mark included. A mark is a mark in user turns only; in an
 answer it is text. Everything that cannot be trained as it stands is a `DataError`, never repaired.
@@ -12,53 +6,41 @@ answer it is text. Everything that cannot be trained as it stands is a `DataErro
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 
-from vlmtune.data.sample import Image, MediaRef, Message, Part, Role, Sample, Text
-from vlmtune.errors import DataError
+from vlmtune.config.schema import Read
+from vlmtune.data.formats import FORMAT_KEYS, Row, Turn, dialogue_of, kind_of, named
+from vlmtune.data.marks import MEDIA_KEYS, Locate, Media, openai_part
+from vlmtune.data.sample import Message, Part, Sample
+from vlmtune.errors import ConfigError, DataError
 
-Locate = Callable[[str], MediaRef]
-"""A path or URI of a row -> where its bytes are; raises DataError."""
-
-MARK = re.compile(r"<image>|<ImageHere>")
-_UNSUPPORTED_KEYS = ("video", "videos", "embedding", "embeddings", "audio", "audios")
-_UNSUPPORTED_IN_TURNS = ("tool_calls", "function_call", "audio")
-KNOWN_KEYS = frozenset({"id", "system", "image", "images", "conversations", "messages", *_UNSUPPORTED_KEYS})
-_ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-}
-_OPENAI_ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "assistant": "assistant",
-}
+# Media and signals that other trainings use; a row that needs them would teach something else without them.
+_UNSUPPORTED_KEYS = (
+    *("embedding", "embeddings", "audio", "audios", "tools", "chosen", "rejected", "kto_tag"),
+    *("rejected_response", "rejected_messages", "rejected_images"),
+)
+KNOWN_KEYS = frozenset({"id", "system", *FORMAT_KEYS, *MEDIA_KEYS, *_UNSUPPORTED_KEYS})
+_PLAIN = Read()
 
 
-def to_sample(row: object, *, origin: str, locate: Locate) -> Sample:
+def to_sample(row: object, *, origin: str, locate: Locate, options: Read = _PLAIN) -> Sample:
     """The sample that a row says.
+
+    Args:
+        options: of the row's source: `columns` and `prompt` are used.
 
     Raises:
         DataError: with `origin` as its place: missing keys, wrong types, unknown or misplaced roles, marks that do not
-            match the pictures, an empty answer, media that are not supported or cannot be located.
+            match the media, an empty answer, media that are not supported or cannot be located.
     """
     try:
         if not isinstance(row, dict):
-            raise DataError(f"the row is {_kind(row)}", expected="an object, { … }")
+            raise DataError(f"the row is {kind_of(row)}", expected="an object, { … }")
+        row = _with_known_names(row, options.columns) if options.columns else row
         _refuse_unsupported(row)
-        turns, read = _format_of(row)
-        pictures = _Pictures(_paths(row), locate)
-        system = _system_of_row(row)
-        messages = [*system, *(read(turn, i + 1, pictures) for i, turn in enumerate(turns))]
-        _check_order(messages, first_number=1 - len(system))
-        pictures.all_placed()
+        dialogue = dialogue_of(row, options.prompt)
+        messages = _messages(dialogue.turns, Media(row, locate), in_front=dialogue.media_in_front)
     except DataError as error:
         error.where = error.where or origin
         raise
@@ -70,220 +52,99 @@ def to_sample(row: object, *, origin: str, locate: Locate) -> Sample:
     )
 
 
-class _Pictures:
-    """The pictures listed at the row's top level, handed out mark by mark."""
-
-    def __init__(self, paths: Sequence[str], locate: Locate) -> None:
-        self.paths = paths
-        self.locate = locate
-        self.num_marks = 0
-        self.num_marks_in_answers = 0
-
-    def split(self, text: str) -> list[Part]:
-        """Text and pictures of a user turn, in order."""
-        parts: list[Part] = []
-        start = 0
-        for mark in MARK.finditer(text):
-            if mark.start() > start:
-                parts.append(Text(text[start : mark.start()]))
-            parts.extend(self.next())
-            start = mark.end()
-        if start < len(text):
-            parts.append(Text(text[start:]))
-        return parts
-
-    def next(self) -> list[Part]:
-        """The next picture; none when the list is exhausted, which `all_placed` reports with both counts."""
-        self.num_marks += 1
-        if self.num_marks > len(self.paths):
-            return []
-        return [Image(self.locate(self.paths[self.num_marks - 1]))]
-
-    def all_placed(self) -> None:
-        num_images = len(self.paths)
-        if self.num_marks == num_images:
-            return
-        marks = f"{self.num_marks} <image> mark{'' if self.num_marks == 1 else 's'}"
-        images = f"{num_images} image{'' if num_images == 1 else 's'}"
-        if self.num_marks > num_images:
-            remedy = f"Add the missing path{'s' if self.num_marks - num_images > 1 else ''}, or remove a mark."
-        else:
-            remedy = "Put <image> into a user turn where each picture belongs, or remove a path."
-        if self.num_marks_in_answers:
-            remedy += f" (The {self.num_marks_in_answers} in the answers count as text.)"
-        raise DataError(f"{marks} but {images}", remedy=remedy)
+def check_columns(columns: Iterable[str]) -> None:
+    """
+    Raises:
+        ConfigError: a name on the left of `columns` that no format knows.
+    """
+    known = KNOWN_KEYS.difference(_UNSUPPORTED_KEYS)
+    for name in columns:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            meant = f"did you mean {near[0]}" if near else f"expected one of {', '.join(sorted(known))}"
+            raise ConfigError(
+                f"{name!r} is no name that vlmtune knows; {meant}",
+                where="data.sources: columns",
+                remedy="On the left stands vlmtune's name, on the right the rows' own: `{answer: label}`.",
+            )
 
 
-_Read = Callable[[object, int, _Pictures], Message]
+def _with_known_names(row: Row, columns: Mapping[str, str]) -> dict[str, object]:
+    """The row under the names that the formats know."""
+    renamed = {key: value for key, value in row.items() if key not in columns.values()}
+    for known, own in columns.items():
+        value: object = row
+        for key in [own] if own in row else own.split("."):
+            if not isinstance(value, dict) or key not in value:
+                raise DataError(
+                    f"the row has no `{own}`, which `columns` gives for `{known}` (its keys: {named(row) or 'none'})",
+                    remedy="Correct `columns` of the source; a row without a value says null.",
+                )
+            value = value[key]
+        renamed[known] = value
+    return renamed
 
 
-def _format_of(row: Mapping[str, object]) -> tuple[list[object], _Read]:
-    """The turns and the function that reads one of them."""
-    found = [key for key in ("conversations", "messages") if row.get(key) is not None]
-    if len(found) != 1:
-        raise DataError(
-            "the row has both `conversations` and `messages`"
-            if found
-            else f"the row has neither `conversations` nor `messages` (its keys: {', '.join(map(str, row)) or 'none'})",
-            expected="one of them, with the turns of a dialogue",
-        )
-    turns = row[found[0]]
-    if not isinstance(turns, list):
-        raise DataError(f"`{found[0]}` is {_kind(turns)}", expected="a list of turns")
-    if not turns:
-        raise DataError(f"`{found[0]}` is empty", expected="a user turn and an assistant turn")
-    return turns, _sharegpt_turn if found[0] == "conversations" else _openai_turn
-
-
-def _sharegpt_turn(turn: object, number: int, pictures: _Pictures) -> Message:
-    """``{"from": "human", "value": "<image>\\nWhat is this?"}``"""
-    role = _role(turn, number, "from", _ROLES)
-    return Message(role, tuple(_marked_text(_entry(turn, number, "value"), role, f"message {number}", pictures)))
-
-
-def _openai_turn(turn: object, number: int, pictures: _Pictures) -> Message:
-    """``{"role": "user", "content": "…" | [{"type": "text", "text": "…"}, {"type": "image_url", …}]}``"""
-    role = _role(turn, number, "role", _OPENAI_ROLES)
-    content = _entry(turn, number, "content")
-    for key in _UNSUPPORTED_IN_TURNS:
-        if isinstance(turn, dict) and turn.get(key):
-            raise DataError(f"message {number} has `{key}`, which is not supported yet", expected="text and images")
-    if not isinstance(content, list):
-        return Message(role, tuple(_marked_text(content, role, f"message {number}", pictures)))
-    parts: list[Part] = []
-    for i, item in enumerate(content):
-        parts.extend(_openai_part(item, role, f"part {i + 1} of message {number}", pictures))
-    return Message(role, tuple(parts))
-
-
-def _openai_part(item: object, role: Role, place: str, pictures: _Pictures) -> list[Part]:
-    kind = item.get("type") if isinstance(item, dict) else None
-    if not isinstance(item, dict) or not isinstance(kind, str):
-        raise DataError(
-            f"{place} is {_kind(item)}" if not isinstance(item, dict) else f"{place} has no `type`",
-            expected='an object with a `type`: "text", "image_url" or "image"',
-        )
-    if kind == "text":
-        return _marked_text(_entry(item, place, "text"), role, place, pictures)
-    if kind not in ("image_url", "image"):
-        raise DataError(f"{place} has the type {kind!r}, which is not supported yet", expected="text or image_url")
-    if role != "user":
-        raise DataError(f"{place} is a picture in a turn of the {role}", expected="pictures in user turns")
-    source = next((item[key] for key in ("image_url", "image", "url", "path") if item.get(key) is not None), None)
-    if isinstance(source, dict):
-        source = source.get("url")
-    if source is None and kind == "image" and pictures.paths:
-        return pictures.next()  # the picture stands in the row's `images`; this part only marks its place
-    if not isinstance(source, str):
-        raise DataError(f"{place} names no picture", expected='{"type": "image_url", "image_url": {"url": "path"}}')
-    return [Image(pictures.locate(source))]
-
-
-def _marked_text(text: object, role: Role, place: str, pictures: _Pictures) -> list[Part]:
-    """The parts of a string; marks are places of pictures in user turns only."""
-    if not isinstance(text, str):
-        raise DataError(f"the text of {place} is {_kind(text)}", expected="a string")
-    if role == "user":
-        return pictures.split(text)
-    if role == "assistant":
-        pictures.num_marks_in_answers += len(MARK.findall(text))
-    return [Text(text)] if text else []
-
-
-def _role(turn: object, number: int, key: str, roles: Mapping[str, Role]) -> Role:
-    if not isinstance(turn, dict):
-        raise DataError(f"message {number} is {_kind(turn)}", expected=f"an object with `{key}`")
-    name = _entry(turn, number, key)
-    role = roles.get(name) if isinstance(name, str) else None
-    if role is None:
-        known = ", ".join(roles)
-        raise DataError(f"message {number} has the unknown role {name!r}", expected=f"one of {known}")
-    return role
-
-
-def _entry(item: object, place: int | str, key: str) -> object:
-    where = f"message {place}" if isinstance(place, int) else place
-    if not isinstance(item, dict) or key not in item:
-        remedy = ""
-        if isinstance(item, dict) and {"role", "content"} <= set(item) and key in ("from", "value"):
-            remedy = "Turns with `role` and `content` belong under `messages`."
-        elif isinstance(item, dict) and {"from", "value"} <= set(item) and key in ("role", "content"):
-            remedy = "Turns with `from` and `value` belong under `conversations`."
-        raise DataError(f'{where} has no "{key}"', remedy=remedy)
-    return item[key]
-
-
-def _paths(row: Mapping[str, object]) -> list[str]:
-    """What stands in `image` or `images`: a string, a list of strings, or nothing."""
-    given = [key for key in ("image", "images") if row.get(key) not in (None, "", [])]
-    if len(given) == 2:
-        raise DataError("the row has both `image` and `images`", expected="one of them")
-    if not given:
-        return []
-    value = row[given[0]]
-    paths: list[str] = []
-    for i, path in enumerate(value if isinstance(value, list) else [value]):
-        if not isinstance(path, str):
-            which = f"entry {i + 1} of `{given[0]}`" if isinstance(value, list) else f"`{given[0]}`"
-            raise DataError(f"{which} is {_kind(path)}", expected="a path, a list of paths, or null")
-        paths.append(path)
-    return paths
-
-
-def _system_of_row(row: Mapping[str, object]) -> list[Message]:
-    """The system text that some tools put beside the turns instead of in front of them."""
-    text = row.get("system")
-    if text is None or text == "":
-        return []
-    if not isinstance(text, str):
-        raise DataError(f"`system` is {_kind(text)}", expected="a string")
-    return [Message("system", (Text(text),))]
-
-
-def _refuse_unsupported(row: Mapping[str, object]) -> None:
+def _refuse_unsupported(row: Row) -> None:
     for key in _UNSUPPORTED_KEYS:
         if row.get(key) not in (None, "", []):
             raise DataError(
                 f"the row has `{key}`, which is not supported yet",
-                expected="rows with text and images",
+                expected="rows with text, images and videos",
                 remedy="Take the row out, or remove the field if the row makes sense without it.",
             )
 
 
-def _check_order(messages: Sequence[Message], *, first_number: int) -> None:
+def _messages(turns: Sequence[Turn], media: Media, *, in_front: bool) -> list[Message]:
+    """Text, media and boxes of each turn, in order. Media without marks are told by `all_placed`, after the turns."""
+    user_texts = [text for turn in turns if turn.role == "user" for text in _texts(turn.content)]
+    front = media.look_at(user_texts, in_front=in_front)
+    messages = []
+    for turn in turns:
+        parts: list[Part] = []
+        if isinstance(turn.content, list):
+            for i, item in enumerate(turn.content):
+                parts += openai_part(item, turn.role, f"part {i + 1} of {turn.place}", media)
+        else:
+            parts += media.split(str(turn.content), turn.role)
+        if turn.role == "user":
+            parts, front = [*front, *parts], []
+        messages.append(Message(turn.role, tuple(parts)))
+    _check_order(messages, [turn.place for turn in turns])
+    media.all_placed()
+    return messages
+
+
+def _texts(content: object) -> list[str]:
+    if isinstance(content, list):
+        texts = [item.get("text") for item in content if isinstance(item, dict)]
+        return [text for text in texts if isinstance(text, str)]
+    return [str(content)]
+
+
+def _check_order(messages: Sequence[Message], places: Sequence[str]) -> None:
     """system? (user assistant)+, and every answer says something."""
     roles = [message.role for message in messages]
     if "system" in roles[1:]:
-        number = len(roles) - 1 - roles[::-1].index("system") + first_number
-        raise DataError(f"message {number} is a system turn", expected="at most one, in front of all others")
+        last = places[len(roles) - 1 - roles[::-1].index("system")]
+        raise DataError(f"{last} is a system turn", expected="at most one, in front of all others")
     shift = 1 if roles[0] == "system" else 0
     dialogue = roles[shift:]
-    first_number += shift
     if "assistant" not in dialogue:
         raise DataError("there is no assistant turn, so nothing can be learnt", remedy="Add an answer.")
     if dialogue[0] != "user":
         raise DataError("the first turn is the assistant's", expected="a user turn first")
-    for i in range(1, len(dialogue)):
-        if dialogue[i] == dialogue[i - 1]:
+    for i in range(1 + shift, len(roles)):
+        if roles[i] == roles[i - 1]:
             raise DataError(
-                f"messages {i - 1 + first_number} and {i + first_number} are both of the {dialogue[i]}",
+                f"{places[i - 1].replace('message', 'messages')} and {places[i].removeprefix('message ')} are both of "
+                f"the {roles[i]}",
                 expected="user and assistant in turn",
                 remedy="Join them into one, or put the missing turn between them.",
             )
     if dialogue[-1] != "assistant":
         raise DataError("the last turn is the user's", expected="an answer after every question")
-    for i, message in enumerate(messages[shift:]):
-        if message.role == "assistant" and not message.text.strip():
-            raise DataError(
-                f"the answer in message {i + first_number} is empty", remedy="Write it, or take the row out."
-            )
-
-
-def _kind(value: object) -> str:
-    """What a JSON value is, in words."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return names.get(type(value), type(value).__name__)
+    for message, place in zip(messages, places, strict=True):
+        if message.role == "assistant" and message.is_blank:
+            answer = f"the answer in {place}" if place.startswith("message") else place
+            raise DataError(f"{answer} is empty", remedy="Write it, or take the row out.")

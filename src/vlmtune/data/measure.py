@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from vlmtune.config.schema import DataConfig
-from vlmtune.data.adapters import MARK
+from vlmtune.data.marks import MARK
 from vlmtune.data.sample import Laid, Sample
 from vlmtune.data.sources import Corpus
 from vlmtune.errors import DataError

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from vlmtune.config.schema import AnySource, HubSource, Mixed, SourceConfig
-from vlmtune.data.adapters import to_sample
+from vlmtune.data.adapters import check_columns, to_sample
 from vlmtune.data.json_rows import JsonRows
 from vlmtune.data.lists import expand
 from vlmtune.data.paths import MediaRoot, RenamedRoot, Root
@@ -71,6 +71,15 @@ class Source:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def origin(self, i: int) -> str:
+        """Where row `i` of this source stands."""
+        file, label = self.rows.place(i)
+        return f"{self.names[file]}:{label}"
+
+    def adapt(self, row: object, origin: str) -> Sample:
+        """Raises DataError: see `adapters.to_sample`."""
+        return to_sample(row, origin=origin, locate=self.media.locate, options=self.options)
+
 
 @dataclass(eq=False)
 class Corpus:
@@ -107,8 +116,7 @@ class Corpus:
     def origin(self, i: int) -> str:
         """`coco.jsonl:124` (line), `coco.json:124` (row, from 1), `x.parquet:124`, `shard.tar:name`."""
         which, local = self.split(i)
-        file, label = self.sources[which].rows.place(local)
-        return f"{self.sources[which].names[file]}:{label}"
+        return self.sources[which].origin(local)
 
     def row(self, i: int) -> object:
         """Row `i` as JSON says it.
@@ -125,8 +133,7 @@ class Corpus:
         Raises:
             DataError: see `adapters.to_sample`.
         """
-        source = self.sources[self.source_of(i)]
-        return to_sample(row, origin=self.origin(i), locate=source.media.locate)
+        return self.sources[self.source_of(i)].adapt(row, self.origin(i))
 
     def sample(self, i: int) -> Sample:
         """Row `i` as a sample.
@@ -134,7 +141,10 @@ class Corpus:
         Raises:
             DataError: with the origin, whatever is wrong with the row.
         """
-        return self.adapt(i, self.row(i))
+        which, local = self.split(i)
+        source = self.sources[which]
+        origin = source.origin(local)
+        return source.adapt(source.rows.read(local, origin), origin)
 
     def find(self, text: str) -> int:
         """The row with the origin `text` (``coco.jsonl:124``), or with the place `text` when there is one file.
@@ -172,6 +182,8 @@ def open_corpus(sources: Sequence[AnySource], *, allow: Sequence[str] = (), memo
             that contradicts its files.
     """
     listed = expand(sources)
+    for entry in listed:
+        check_columns(entry.source.columns)
     opened = [_open_rows(entry.source, memory) for entry in listed]
     names = iter(_names([file for rows in opened for file in rows.files]))
     found = []

@@ -210,7 +210,8 @@ def test_several_sources(tmp_path: Path) -> None:
         sources.append(SourceConfig(path=str(path), repeat=num / 2))
     (tmp_path / "b.json").write_text(json.dumps([{"id": "b", "conversations": TURNS}]))
     corpus = open_corpus([*sources, SourceConfig(path=str(tmp_path / "b.json"))])
-    assert len(corpus) == 6 and corpus.source_sizes == [3, 2, 1] and corpus.repeats == [1.5, 1.0, 1.0]
+    assert len(corpus) == 6 and corpus.source_sizes == [3, 2, 1]
+    assert [source.options.repeat for source in corpus.sources] == [1.5, 1.0, None]
     assert [corpus.source_of(i) for i in range(6)] == [0, 0, 0, 1, 1, 2]
     assert corpus.origin(1) == "train/a.jsonl:2" and corpus.origin(3) == "val/a.jsonl:1"
     assert corpus.origin(5) == "b.json:1"
