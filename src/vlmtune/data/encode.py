@@ -7,16 +7,19 @@ in their header; no pixel is decoded here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from vlmtune.data import media
-from vlmtune.data.sample import IGNORED, Encoded, Image, Laid, MediaPlan, MediaRef, Message, Part, Sample, Span, Text
+from vlmtune.data.boxes import write_box
+from vlmtune.data.lay import Piece, lay
+from vlmtune.data.sample import IGNORED, Encoded, Image, Laid, MediaPlan, MediaRef, Sample, Size, Span, Video
+from vlmtune.data.video import Film, film
 from vlmtune.errors import DataError, VlmtuneError
-from vlmtune.models.family import ChatFormat, OpenedFolder
-from vlmtune.models.text import Segment
-
-Piece = Segment | int  # text, or the index of a picture of the sample
+from vlmtune.models.family import OpenedFolder
+from vlmtune.models.text import Run, Segment, join
 
 
 def encode(sample: Sample, opened: OpenedFolder) -> Encoded:
@@ -35,88 +38,6 @@ def encode_prompt(sample: Sample, opened: OpenedFolder) -> Encoded:
     return _encode(sample, opened, prompt=True)
 
 
-def lay(messages: Sequence[Message], chat: ChatFormat, *, prompt: bool) -> list[Piece]:
-    """The conversation as text segments and picture indices, in the order of the sequence."""
-    pieces: list[Piece] = []
-    pictures = 0
-    opening: Sequence[Piece] = [_fixed(chat.opening)]
-    for number, message in enumerate(messages):
-        if message.role == "system":
-            if chat.system_opening is None:
-                raise DataError(
-                    "the row has a system turn, but the model's chat template has no place for one",
-                    remedy="Remove the system turns, or put their text into the first question.",
-                )
-            before, after = chat.system_opening
-            opening = [_fixed(before), Segment(message.text, trained=False, template=False), _fixed(after)]
-        elif message.role == "user":
-            follows_answer = number > 0 and messages[number - 1].role == "assistant"
-            pieces += [_fixed(chat.again[len(chat.stop) :])] if follows_answer else opening
-            user, pictures = _user(message.parts, chat, pictures)
-            pieces += user
-        else:
-            answer = message.text.strip() if chat.strips else message.text
-            pieces += [
-                _fixed(chat.bridge),
-                Segment(chat.answer_lead, trained=True, template=True),
-                Segment(answer, trained=True, template=False),
-                Segment(chat.stop, trained=True, template=True),
-            ]
-    pieces.append(_fixed(chat.bridge if prompt else chat.close[len(chat.stop) :]))
-    return pieces
-
-
-def _fixed(text: str) -> Segment:
-    return Segment(text, trained=False, template=True)
-
-
-def _user(parts: Sequence[Part], chat: ChatFormat, pictures: int) -> tuple[list[Piece], int]:
-    """A user content and the running number of pictures."""
-    texts_and_pictures = _fold(parts) if chat.fold_newlines else [_plain_part(part) for part in parts]
-    if chat.strips:
-        texts_and_pictures = [part.strip() if isinstance(part, str) else part for part in texts_and_pictures]
-    if chat.images_first:
-        texts = [part for part in texts_and_pictures if isinstance(part, str) and part]
-        num_pictures = sum(part is None for part in texts_and_pictures)
-        texts_and_pictures = [*[None] * num_pictures, *([chat.text_joint.join(texts)] if texts else [])]
-    pieces: list[Piece] = []
-    for part in texts_and_pictures:
-        if part is None:
-            pieces += [_fixed(chat.image[0]), pictures, _fixed(chat.image[1])]
-            pictures += 1
-        else:
-            if not pieces:
-                pieces.append(_fixed(chat.user_lead))
-            pieces.append(Segment(part, trained=False, template=False))
-    return pieces, pictures
-
-
-def _plain_part(part: Part) -> str | None:
-    """Text, or None for a picture."""
-    if isinstance(part, Text):
-        return part.text
-    if isinstance(part, Image):
-        return None
-    raise DataError(
-        f"the row holds a {type(part).__name__} part, which this version does not read",
-        expected="text and images",
-    )
-
-
-def _fold(parts: Sequence[Part]) -> list[str | None]:
-    """The parts without the one newline that belongs to an `<image>` mark: the template puts its own there, or none."""
-    folded = [_plain_part(part) for part in parts]
-    for index, part in enumerate(folded):
-        if part is None:
-            after = folded[index + 1] if index + 1 < len(folded) else None
-            before = folded[index - 1] if index else None
-            if after is not None and after.startswith("\n"):
-                folded[index + 1] = after[1:]
-            elif index + 1 == len(folded) and before is not None and before.endswith("\n"):
-                folded[index - 1] = before[:-1]
-    return [part for part in folded if part is None or part]
-
-
 def _encode(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> Encoded:
     laid = lay_row(sample, opened, prompt=prompt)
     return build(laid, opened, origin=sample.origin)
@@ -128,39 +49,98 @@ def lay_row(sample: Sample, opened: OpenedFolder, *, prompt: bool = False) -> La
     Raises:
         DataError: as `encode`.
     """
+    draft = _draft(sample, opened, prompt=prompt)
+    opened.text.tokenise(draft.lines)
+    return _finish(draft, opened)
+
+
+def lay_rows(samples: Sequence[Sample], opened: OpenedFolder) -> list[Laid | DataError]:
+    """`lay_row` of many samples, tokenised together, which takes a third less time; a bad row gives its error."""
+    drafts: list[_Draft | DataError] = []
+    for sample in samples:
+        try:
+            drafts.append(_draft(sample, opened, prompt=False))
+        except DataError as error:
+            drafts.append(error)
+    opened.text.tokenise(line for draft in drafts if isinstance(draft, _Draft) for line in draft.lines)
+    return [draft if isinstance(draft, DataError) else _finish(draft, opened) for draft in drafts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """groups: text cut into runs, and indices of media, in the order of the sequence."""
+
+    groups: list[list[Run] | int]
+    media: tuple[tuple[MediaRef, MediaPlan], ...]
+
+    @property
+    def lines(self) -> list[list[Run]]:
+        return [group for group in self.groups if not isinstance(group, int)]
+
+
+def _draft(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> _Draft:
     try:
-        media_plans = plan_media(sample, opened)
-        pieces = lay(sample.messages, opened.chat, prompt=prompt)
-        return _lay_ids(pieces, media_plans, opened)
+        found = _plan(sample, opened)
+        pictures = [plan for _, plan in found.media if not plan.is_frame]
+        pieces = lay(
+            sample.messages,
+            opened.chat,
+            prompt=prompt,
+            films=found.films,
+            write_box=lambda box: write_box(box, pictures, opened.boxes),
+        )
     except DataError as error:
         if error.where:
             raise
         raise with_origin(error, sample.origin) from error
+    groups: list[list[Run] | int] = []
+    for group in _groups(pieces):
+        at_start = not groups and not opened.chat.prefix_ids
+        groups.append(group if isinstance(group, int) else opened.text.cut(group, at_start=at_start))
+    return _Draft(groups, found.media)
+
+
+def _finish(draft: _Draft, opened: OpenedFolder) -> Laid:
+    ids = list(opened.chat.prefix_ids)
+    trained = [False] * len(ids)
+    places: list[int] = []
+    for group in draft.groups:
+        if isinstance(group, int):
+            places.append(len(ids))
+        else:
+            new_ids, new_trained = join(group)
+            ids += new_ids
+            trained += new_trained
+    return Laid(ids=np.array(ids, np.int32), trained=np.array(trained, bool), places=tuple(places), media=draft.media)
+
+
+@dataclass(frozen=True, slots=True)
+class _RowMedia:
+    """media: every picture and every chosen frame in the order of the row. films: its videos."""
+
+    media: tuple[tuple[MediaRef, MediaPlan], ...]
+    films: tuple[Film, ...]
 
 
 def plan_media(sample: Sample, opened: OpenedFolder) -> tuple[tuple[MediaRef, MediaPlan], ...]:
-    """What each picture of the row becomes, from the headers."""
-    refs = [image.ref for image in sample.images]
-    sizes = [media.size(ref, opened.media) for ref in refs]
-    return tuple(zip(refs, opened.family.plan(sizes, opened.spec), strict=True))
+    """What each picture of the row becomes, chosen frames of videos included, from the headers."""
+    return _plan(sample, opened).media
 
 
-def _lay_ids(
-    pieces: Sequence[Piece], media_plans: tuple[tuple[MediaRef, MediaPlan], ...], opened: OpenedFolder
-) -> Laid:
-    ids = [np.array(opened.chat.prefix_ids, dtype=np.int32)]
-    trained = [np.zeros(len(opened.chat.prefix_ids), dtype=bool)]
-    length = len(opened.chat.prefix_ids)
-    places: list[int] = []
-    for group in _groups(pieces):
-        if isinstance(group, int):
-            places.append(length)
-        else:
-            new_ids, new_trained = opened.text.encode(group, at_start=length == 0 and not places)
-            ids.append(new_ids)
-            trained.append(new_trained)
-            length += len(new_ids)
-    return Laid(ids=np.concatenate(ids), trained=np.concatenate(trained), places=tuple(places), media=media_plans)
+def _plan(sample: Sample, opened: OpenedFolder) -> _RowMedia:
+    refs: list[MediaRef] = []
+    sizes: list[Size] = []
+    films: list[Film] = []
+    for part in (part for message in sample.messages for part in message.parts):
+        if isinstance(part, Image):
+            refs.append(part.ref)
+            sizes.append(media.size(part.ref, opened.media))
+        elif isinstance(part, Video):
+            films.append(film(part.ref, opened.media))
+            refs += films[-1].frames
+            sizes += films[-1].sizes
+    plans = opened.family.plan(sizes, opened.spec, [ref.frame is not None for ref in refs])
+    return _RowMedia(tuple(zip(refs, plans, strict=True)), tuple(films))
 
 
 def build(laid: Laid, opened: OpenedFolder, *, origin: str) -> Encoded:
@@ -174,7 +154,8 @@ def build(laid: Laid, opened: OpenedFolder, *, origin: str) -> Encoded:
         ids += [laid.ids[done:place], new_ids]
         trained += [laid.trained[done:place], np.zeros(len(new_ids), dtype=bool)]
         length += place - done
-        spans += [Span(length + start, size, "image", index) for start, size in _runs(slots)]
+        kind: Literal["image", "video"] = "video" if plan.is_frame else "image"
+        spans += [Span(length + start, size, kind, index) for start, size in _runs(slots)]
         length += len(new_ids)
         done = place
     input_ids = np.concatenate([*ids, laid.ids[done:]])
