@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 
-from vlmtune.data import media
+from vlmtune.data.augment import as_jpeg
 from vlmtune.data.encode import with_origin
 from vlmtune.data.sample import IGNORED, Batch, Encoded
+from vlmtune.data.video import open_pictures
 from vlmtune.errors import DataError
 from vlmtune.models.family import OpenedFolder
 
@@ -85,19 +87,19 @@ def row_pixels(sample: Encoded, opened: OpenedFolder) -> list[Pixels]:
         DataError: with the row's origin: a picture that cannot be read, or is not what it was when it was planned.
     """
     pixels = []
-    for ref, plan in sample.media:
-        try:
-            picture = media.open_image(ref, opened.media)
-        except DataError as error:
-            raise with_origin(error, sample.origin) from error
-        if picture.size != plan.size:
-            raise DataError(
-                f"{ref.path} is {picture.width}×{picture.height} now, but its header said "
-                f"{plan.size[0]}×{plan.size[1]} when the row was planned",
-                where=sample.origin,
-                remedy="Do not change the data during a run.",
-            )
-        pixels.append(opened.family.pixels(picture, plan, sample.spec))
+    try:
+        with closing(open_pictures([ref for ref, _ in sample.media], opened.media)) as pictures:
+            for picture, (ref, plan) in zip(pictures, sample.media, strict=True):
+                if picture.size != plan.size:
+                    raise DataError(
+                        f"{ref.path} is {picture.width}×{picture.height} now, but its header said "
+                        f"{plan.size[0]}×{plan.size[1]} when the row was planned",
+                        remedy="Do not change the data during a run.",
+                    )
+                seen = picture if sample.jpeg_quality is None else as_jpeg(picture, sample.jpeg_quality)
+                pixels.append(opened.family.pixels(seen, plan, sample.spec))
+    except DataError as error:
+        raise with_origin(error, sample.origin) from error
     return pixels
 
 
