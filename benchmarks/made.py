@@ -1,10 +1,11 @@
 """What the benchmarks run on: made-up rows over a pool of JPEG files, and a LLaVA-type model of a chosen size.
 
-Random weights and random words: speed and memory do not depend on what they mean.
+Random weights and made-up words with the frequencies of language: speed and memory do not depend on what they mean.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -18,9 +19,23 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-_TEXT = """the a picture shows small red blue green large person street table window morning light beside under behind
-walking holding reading standing two three several old new wooden glass metal paper river mountain city field"""
-WORDS = _TEXT.split()
+_VOCABULARY = 20_000
+
+
+def _words() -> list[str]:
+    """Made-up words of one to four syllables; their frequencies fall as in language (Zipf), see `sentence`."""
+    generator = random.Random(1)
+    syllables = [
+        first + vowel + last for first in "bcdfghjklmnprstvwz" for vowel in "aeiou" for last in ("", "n", "r", "s")
+    ]
+    words: dict[str, None] = {}
+    while len(words) < _VOCABULARY:
+        words["".join(generator.choices(syllables, k=generator.choice((1, 2, 2, 3, 4))))] = None
+    return sorted(words, key=len)  # frequent words are short
+
+
+WORDS = _words()
+_CUMULATED = list(itertools.accumulate(1 / (rank + 3) for rank in range(_VOCABULARY)))
 
 TEMPLATE = """{%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{{ message['content'][0]['text'] + ' ' }}
@@ -41,7 +56,11 @@ def machine() -> str:
 
 
 def sentence(generator: random.Random, num_words: int) -> str:
-    return " ".join(generator.choice(WORDS) for _ in range(num_words)).capitalize() + "."
+    """Words with Zipf's frequencies, a comma now and then."""
+    words = generator.choices(WORDS, cum_weights=_CUMULATED, k=num_words)
+    return (
+        "".join(word + (", " if not n % 9 else " ") for n, word in enumerate(words, 1)).strip(", ").capitalize() + "."
+    )
 
 
 def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> list[str]:
@@ -80,12 +99,12 @@ def write_llava(folder: Path, *, hidden_size: int, layers: int, image_size: int 
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=2000,
+        vocab_size=16_000,
         special_tokens=["<pad>", "<s>", "</s>", "<image>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([" ".join(WORDS)], trainer)
+    bpe.train_from_iterator((sentence(random.Random(n), 100) for n in range(5000)), trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe,

@@ -21,6 +21,7 @@ import numpy as np
 import PIL.Image
 
 from vlmtune.config.schema import MediaOptions
+from vlmtune.data.headers import quick_size
 from vlmtune.data.pieces import Pieces
 from vlmtune.data.sample import MediaRef, Size
 from vlmtune.errors import DataError
@@ -50,6 +51,9 @@ def size(ref: MediaRef, options: MediaOptions) -> Size:
     Raises:
         DataError: missing, unreadable or foreign file, or more than `max_image_pixels` pixels.
     """
+    plain = quick_size(ref, options.exif)
+    if plain is not None and plain[0] * plain[1] <= options.max_image_pixels:
+        return plain
     with _header(ref, options) as (_, upright, _turned):
         return upright
 

@@ -26,13 +26,13 @@ import numpy as np
 from vlmtune.config.schema import RunConfig
 from vlmtune.data import media
 from vlmtune.data.adapters import KNOWN_KEYS
-from vlmtune.data.encode import build, plan_media, with_origin
+from vlmtune.data.encode import build, lay_row, lay_rows, plan_media, with_origin
 from vlmtune.data.measure import COLUMNS, BadRow, Measured, counts
 from vlmtune.data.pool import in_processes
 from vlmtune.data.prepared_key import ENCODING, key_of
 from vlmtune.data.row_encoder import RowEncoder
-from vlmtune.data.sample import Encoded, Laid
-from vlmtune.data.sources import Corpus
+from vlmtune.data.sample import Encoded, Laid, Sample
+from vlmtune.data.sources import Corpus, Source
 from vlmtune.data.store import Media, Shard, ShardWriter, find_shards
 from vlmtune.errors import DataError
 from vlmtune.files import in_use, remove_drafts, write_atomic
@@ -43,6 +43,7 @@ Look = Literal["no", "headers", "pixels"]
 """What is looked at in rows that are prepared already: nothing, the headers of their media, or all pixels."""
 
 MANIFEST = "manifest.json"
+_CHUNK = 128  # rows that are tokenised together
 _LARGEST, _SMALLEST, _PARTS = 8192, 256, 64  # rows of a shard; shards of a source that is neither small nor large
 
 
@@ -275,18 +276,37 @@ class _Job:
     def _make(self, task: Task) -> Path:
         corpus = self.encoder.corpus
         opened = self.encoder.opened_for(task.source)
+        source, first = corpus.sources[task.source], corpus.split(task.start)[1]
         writer = ShardWriter(media_base(corpus, task.source), wide=len(opened.tokenizer) > 1 << 16)
-        for i in range(task.start, task.stop):
-            try:
-                row = corpus.row(i)
-                if isinstance(row, dict):
-                    writer.unknown_keys.update(str(key) for key in row.keys() - KNOWN_KEYS)
-                sample = corpus.adapt(i, row)
-                laid = self.encoder.lay(i, sample)
-                writer.add(laid, counts(sample, laid))
-            except DataError as error:
-                writer.add_bad(error.reason)
+        for start in range(first, first + task.stop - task.start, _CHUNK):
+            rows = range(start, min(start + _CHUNK, first + task.stop - task.start))
+            read = [self._sample(source, i, writer) for i in rows]
+            laid = iter(lay_rows([sample for sample in read if isinstance(sample, Sample)], opened))
+            for sample in read:
+                row = next(laid) if isinstance(sample, Sample) else sample
+                self._add(writer, sample, row)
         return writer.write(task.folder, task.number)
+
+    @staticmethod
+    def _sample(source: Source, i: int, writer: ShardWriter) -> Sample | DataError:
+        origin = source.origin(i)
+        try:
+            row = source.rows.read(i, origin)
+            if isinstance(row, dict) and not row.keys() <= KNOWN_KEYS:
+                writer.unknown_keys.update(str(key) for key in row.keys() - KNOWN_KEYS)
+            return source.adapt(row, origin)
+        except DataError as error:
+            return error
+
+    @staticmethod
+    def _add(writer: ShardWriter, sample: Sample | DataError, laid: Laid | DataError) -> None:
+        try:
+            if isinstance(laid, DataError):
+                raise laid
+            assert isinstance(sample, Sample)
+            writer.add(laid, counts(sample, laid))
+        except DataError as error:
+            writer.add_bad(error.reason)
 
     def _is_current(self, task: Task, shard: Shard) -> bool:
         """Whether making the shard again would give the same: its bad rows are bad for the same reason (a missing file
@@ -303,7 +323,7 @@ class _Job:
         """What is wrong with row `i` now."""
         try:
             sample = self.encoder.corpus.sample(i)
-            counts(sample, self.encoder.lay(i, sample))
+            counts(sample, lay_row(sample, self.encoder.opened(i)))
         except DataError as error:
             return error.reason
         return None

@@ -31,7 +31,7 @@ def remembered(folder: Path | None, kind: str, files: Sequence[str], learn: Call
     """
     if folder is None:
         return learn()
-    name = hashlib.blake2b("\0".join([kind, *files]).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    name = hashlib.blake2b("\0".join([kind, *files]).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     path = folder / "index" / f"{name}.safetensors"
     state = _state(files)
     if path.exists():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from vlmtune.data.encode import build, lay_row
-from vlmtune.data.sample import Encoded, Laid, Sample
+from vlmtune.data.encode import encode
+from vlmtune.data.sample import Encoded
 from vlmtune.data.sources import Corpus
 from vlmtune.models.family import OpenedFolder
 
@@ -27,11 +27,6 @@ class RowEncoder:
         """The model folder with the settings of a source."""
         return self._opened[source]
 
-    def lay(self, i: int, sample: Sample) -> Laid:
-        """Raises DataError, see `encode.lay_row`."""
-        return lay_row(sample, self.opened(i))
-
     def encode(self, i: int) -> Encoded:
         """Raises DataError: whatever is wrong with the row, with its origin."""
-        sample = self.corpus.sample(i)
-        return build(self.lay(i, sample), self.opened(i), origin=sample.origin)
+        return encode(self.corpus.sample(i), self.opened(i))

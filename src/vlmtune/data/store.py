@@ -47,7 +47,7 @@ class Texts:
         return self._numbers.setdefault(text, len(self._numbers))
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        encoded = [text.encode("utf-8", "surrogateescape") for text in self._numbers]
+        encoded = [text.encode("utf-8", "surrogatepass") for text in self._numbers]
         return {
             f"{name}_bytes": np.frombuffer(b"".join(encoded), np.uint8),
             f"{name}_ends": np.cumsum([len(text) for text in encoded], dtype=np.int64),
@@ -79,7 +79,13 @@ class ShardWriter:
         self.add(_NOTHING, (0,) * len(COLUMNS))
 
     def write(self, folder: Path, number: int) -> Path:
-        """Write the shard; equal rows give equal bytes."""
+        content = self.content()
+        path = folder / f"{number:05d}-{zlib.crc32(content):08x}.safetensors"
+        write_atomic(path, content)
+        return path
+
+    def content(self) -> bytes:
+        """The bytes of the shard; equal rows give equal bytes."""
         counts = np.array(self.counts, np.uint64)
         arrays = {name: counts[:, i].astype(dtype) for i, (name, dtype) in enumerate(COLUMNS.items())}
         ids = np.concatenate([laid.ids for laid in self.laid])
@@ -88,13 +94,11 @@ class ShardWriter:
         arrays["trained"] = np.packbits(np.concatenate([laid.trained for laid in self.laid]))
         arrays |= self._media()
         notes = {"bad": self.bad, "unknown_keys": dict(self.unknown_keys)}
-        content = pack_arrays(arrays, notes)
-        path = folder / f"{number:05d}-{zlib.crc32(content):08x}.safetensors"
-        write_atomic(path, content)
-        return path
+        return pack_arrays(arrays, notes)
 
     def _media(self) -> dict[str, np.ndarray]:
         names, plans = Texts(), Texts()
+        known: dict[MediaPlan, int] = {}
         files: list[int] = []
         slices: list[tuple[int, int, int]] = []
         numbers: list[int] = []
@@ -104,7 +108,9 @@ class ShardWriter:
                 files.append(-1 if in_row else names.number(self._name(ref.path)))
                 length = -1 if ref.length is None else ref.length
                 slices.append((ref.offset, length, -1 if ref.frame is None else ref.frame))
-                numbers.append(plans.number(json.dumps(dataclasses.asdict(plan))))
+                if plan not in known:
+                    known[plan] = plans.number(json.dumps(dataclasses.asdict(plan)))
+                numbers.append(known[plan])
         return {
             "places": np.array([place for laid in self.laid for place in laid.places], np.int32),
             "media_ends": np.cumsum([len(laid.media) for laid in self.laid], dtype=np.int32),
@@ -162,19 +168,18 @@ class Shard:
             length=None if length < 0 else length,
             frame=None if frame < 0 else frame,
         )
-        plan: dict[str, Any] = json.loads(self._text("plan", int(self.arrays["plans"][k])))
-        return ref, MediaPlan(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in plan.items()}
-        )
+        return ref, _plan(self._text("plan", int(self.arrays["plans"][k])))
 
     def _text(self, table: str, number: int) -> str:
         start, end = _slice(self.arrays[f"{table}_ends"], number)
-        return self.arrays[f"{table}_bytes"][start:end].tobytes().decode("utf-8", "surrogateescape")
+        return self.arrays[f"{table}_bytes"][start:end].tobytes().decode("utf-8", "surrogatepass")
 
 
 def _plan(text: str) -> MediaPlan:
     values: dict[str, Any] = json.loads(text)
-    return MediaPlan(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    # JSON knows no tuples; a plan holds nothing else that it would change.
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    return MediaPlan(**fields)
 
 
 def _slice(ends: np.ndarray, i: int) -> tuple[int, int]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,29 @@ class Segment:
     trained: bool
     template: bool
     """From the chat format: special tokens in it are special."""
+
+
+@dataclass(slots=True)
+class Run:
+    """Plain text between special tokens, or one special token.
+
+    pieces: the text with its trained flags. first: nothing stands before the run in its sequence. ids, trained: what it
+    becomes, once tokenised.
+    """
+
+    pieces: list[tuple[str, bool]]
+    first: bool
+    ids: Sequence[int] | None = None
+    trained: list[bool] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return self.pieces[0][0] if len(self.pieces) == 1 else "".join(piece for piece, _ in self.pieces)
+
+    @property
+    def is_mixed(self) -> bool:
+        flag = self.pieces[0][1]
+        return any(other != flag for _, other in self.pieces[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,35 +107,65 @@ class TextEncoder:
 
     def encode(self, segments: Sequence[Segment], *, at_start: bool) -> tuple[np.ndarray, np.ndarray]:
         """ids int32 (n,) and trained bool (n,). `at_start`: nothing stands before the segments in the sequence."""
-        ids: list[int] = []
-        trained: list[bool] = []
-        run: list[tuple[str, bool]] = []
+        line = self.cut(segments, at_start=at_start)
+        self.tokenise([line])
+        ids, trained = join(line)
+        return np.array(ids, dtype=np.int32), np.array(trained, dtype=bool)
+
+    def cut(self, segments: Sequence[Segment], *, at_start: bool) -> list[Run]:
+        """The segments as runs between special tokens, which are runs with their id; to be tokenised and joined."""
+        line: list[Run] = []
+        pieces: list[tuple[str, bool]] = []
         eat_left = False  # the special token before swallows leading whitespace
 
-        def close_run(eats_left: bool) -> None:
+        def close(eats_left: bool) -> None:
             nonlocal eat_left
-            pieces = _trimmed(run, start=eat_left, end=eats_left)
-            run.clear()
+            kept = _trimmed(pieces, start=eat_left, end=eats_left) if eat_left or eats_left else list(pieces)
+            pieces.clear()
             eat_left = False
-            if pieces:
-                new_ids, new_trained = self._encode_run(pieces, first=at_start and not ids)
-                ids.extend(new_ids)
-                trained.extend(new_trained)
+            if kept:
+                line.append(Run(kept, first=at_start and not line))
 
         for segment in segments:
-            if run and segment.trained and not run[-1][1]:
+            if pieces and segment.trained and not pieces[-1][1]:
                 # A border where an answer begins: the ids before it must be those that a prompt ends with.
-                close_run(False)
+                close(False)
             for piece, special in self._atoms(segment):
                 if special is None:
-                    run.append((piece, segment.trained))
+                    pieces.append((piece, segment.trained))
                 else:
-                    close_run(special.eats_left)
-                    ids.append(special.id)
-                    trained.append(segment.trained)
+                    close(special.eats_left)
+                    line.append(Run([("", segment.trained)], first=False, ids=[special.id], trained=[segment.trained]))
                     eat_left = special.eats_right
-        close_run(False)
-        return np.array(ids, dtype=np.int32), np.array(trained, dtype=bool)
+        close(False)
+        return line
+
+    def tokenise(self, lines: Iterable[Sequence[Run]]) -> None:
+        """Give every run its ids; many lines at once take a third less time than one by one."""
+        alike: dict[bool, list[Run]] = {True: [], False: []}
+        for line in lines:
+            for run in line:
+                if run.ids is None and not self._known(run):
+                    alike[run.first].append(run)
+        for first, runs in alike.items():
+            tokenizer = self._first if first else self._later
+            texts = [run.text for run in runs]
+            # The form without offsets takes a fifth less time; they are needed for runs that are trained in part only.
+            for run, encoding in zip(runs, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
+                run.ids = encoding.ids
+                run.trained = [run.pieces[0][1]] * len(encoding.ids)
+                if len(run.text) <= _SHORT and len(self._known_runs) < _REMEMBERED:
+                    self._known_runs[run.text, first] = encoding.ids
+
+    def _known(self, run: Run) -> bool:
+        """Whether the run's ids could be told at once: a short run seen before, or one that is trained in part."""
+        if run.is_mixed:
+            run.ids, run.trained = self._encode_mixed(run)
+            return True
+        ids = self._known_runs.get((run.text, run.first)) if len(run.text) <= _SHORT else None
+        if ids is not None:
+            run.ids, run.trained = ids, [run.pieces[0][1]] * len(ids)
+        return ids is not None
 
     def _atoms(self, segment: Segment) -> list[tuple[str, _Special | None]]:
         if not segment.template or self._pattern is None:
@@ -123,29 +176,23 @@ class TextEncoder:
             self._known_atoms[segment.text] = atoms
         return self._known_atoms[segment.text]
 
-    def _encode_run(self, pieces: list[tuple[str, bool]], *, first: bool) -> tuple[Sequence[int], list[bool]]:
-        text = "".join(piece for piece, _ in pieces)
-        flags = {flag for _, flag in pieces}
-        if len(flags) == 1:
-            ids = self._ids(text, first)
-            return ids, list(flags) * len(ids)
-        per_character = np.repeat([flag for _, flag in pieces], [len(piece) for piece, _ in pieces])
-        encoding = (self._first if first else self._later).encode(text, add_special_tokens=False)
+    def _encode_mixed(self, run: Run) -> tuple[Sequence[int], list[bool]]:
+        """A token is trained if any of its characters is."""
+        per_character = np.repeat([flag for _, flag in run.pieces], [len(piece) for piece, _ in run.pieces])
+        encoding = (self._first if run.first else self._later).encode(run.text, add_special_tokens=False)
         # A token without characters (a prepended space) goes with the character that it stands before.
         spans = [(start, max(end, start + 1)) for start, end in encoding.offsets]
         return encoding.ids, [bool(per_character[start:end].any()) for start, end in spans]
 
-    def _ids(self, text: str, first: bool) -> Sequence[int]:
-        """The ids of a run; those of short ones, which come again in every row, are remembered."""
-        known = self._known_runs.get((text, first))
-        if known is not None:
-            return known
-        # The batch form without offsets takes 40 % less time than `encode`.
-        tokenizer = self._first if first else self._later
-        ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        if len(text) <= _SHORT and len(self._known_runs) < _REMEMBERED:
-            self._known_runs[text, first] = ids
-        return ids
+
+def join(line: Sequence[Run]) -> tuple[list[int], list[bool]]:
+    """The ids of tokenised runs, and which of them are trained."""
+    ids: list[int] = []
+    trained: list[bool] = []
+    for run in line:
+        ids += run.ids or ()
+        trained += run.trained
+    return ids, trained
 
 
 def _trimmed(run: list[tuple[str, bool]], *, start: bool, end: bool) -> list[tuple[str, bool]]:
