@@ -9,7 +9,8 @@ from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, TypeGuard, Union, get_args, get_origin
 
 from vlmtune.config.hints import HINTS
-from vlmtune.config.schema import SOURCE_KINDS, FullTuning, LoraTuning, RunConfig, Section, XTunerLists
+from vlmtune.config.schema import FullTuning, LoraTuning, RunConfig, Section, XTunerLists
+from vlmtune.config.sources import SOURCE_KINDS
 from vlmtune.config.yaml_reader import Place, kind_of
 from vlmtune.errors import ConfigError
 

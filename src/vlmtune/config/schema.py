@@ -8,29 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
+
+from vlmtune.config.section import ImageOptions, PathText, Section
+from vlmtune.config.sources import AnySource
+from vlmtune.config.sources import HubSource as HubSource
+from vlmtune.config.sources import Mixed as Mixed
+from vlmtune.config.sources import Read as Read
+from vlmtune.config.sources import SourceConfig as SourceConfig
+from vlmtune.config.sources import XTunerLists as XTunerLists
 
 FORMAT_VERSION = 1
 
 Component = Literal["vision", "projector", "language"]
 COMPONENTS: tuple[Component, ...] = ("vision", "projector", "language")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class ImageOptions(Section):
-    """How pictures are cut; a field that is left out keeps the value of the model folder's preprocessor."""
-
-    max_tiles: Annotated[int, Field(ge=1)] | None = None
-    """Most tiles a picture may be cut into (InternVL: `max_patches`; the thumbnail is not counted)."""
-    min_tiles: Annotated[int, Field(ge=1)] | None = None
-    """Fewest tiles."""
-    max_pixels: Annotated[int, Field(ge=1)] | None = None
-    """Largest area after resizing, in pixels, for models that keep the aspect ratio (Qwen-VL)."""
-    min_pixels: Annotated[int, Field(ge=1)] | None = None
-    """Smallest area after resizing, in pixels."""
 
 
 class VideoOptions(Section):
@@ -64,9 +55,6 @@ class MediaOptions(Section):
     """`data.max_image_pixels`."""
     exif: Literal["apply", "ignore"] | None = None
     """`data.exif`."""
-
-
-PathText = Annotated[str, Field(min_length=1)]  # `config.load` makes it absolute
 
 
 class ModelConfig(Section):
@@ -140,127 +128,6 @@ def _rates_belong_to_trained(rates: dict[Component, float], trained: set[Compone
     idle = sorted(set(rates) - trained)
     if idle:
         raise ValueError(f"learning_rates names {', '.join(idle)}, which is not trained")
-
-
-class Read(Section):
-    """How the rows of a source are read; the same for every kind of source."""
-
-    image: ImageOptions | None = None
-    """How pictures of this source are cut, where it differs from `model.image`."""
-    data_augment: bool = False
-    """Save each picture as a JPEG of a random quality from 75 to 100 before it is cut (seeded), as InternVL does."""
-    replace_prefix: dict[Annotated[str, Field(min_length=1)], str] = {}
-    """Beginnings of media paths and what to read instead: `{/data/old/: images/}`, a folder beside the YAML, which may
-    then be read (in a tar: a folder of its members); empty text leaves a path that starts from `root`."""
-    prompt: Annotated[str, Field(min_length=1)] | None = None
-    """The question for rows that hold media and a caption only; without a mark the media stand in front of it."""
-    columns: dict[str, Annotated[str, Field(min_length=1)]] = {}
-    """Names that vlmtune knows (`question`, `answer`, `image`, `messages`, …) and the rows' own names for them:
-    `{answer: label, image: photo}`; `meta.label` is the key `label` of the object `meta`."""
-
-
-class Mixed(Read):
-    """How often the rows of a source come in an epoch: one of the three, else once."""
-
-    repeat: Annotated[float, Field(gt=0)] | None = None
-    """How often each row comes in an epoch (1 when nothing is said); 1.5 takes half of the rows twice, seeded. On a
-    list of files it multiplies what the list says."""
-    choose: Annotated[int, Field(ge=1)] | None = None
-    """Rows that an epoch takes, whatever the source holds: every row as evenly as possible."""
-    weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of the rows among all sources with a weight, which together give as many rows as they hold."""
-
-    @model_validator(mode="after")
-    def _one_way_to_mix(self) -> Mixed:
-        ways = {"repeat": self.repeat, "choose": self.choose, "weight": self.weight}
-        given = [name for name, value in ways.items() if value is not None]
-        if len(given) > 1:
-            names = f"{', '.join(given[:-1])} and {given[-1]}"
-            raise ValueError(f"{names} say the same thing in different ways; give one of them")
-        return self
-
-
-def _one_or_several(value: Any) -> Any:
-    """One mistake instead of one per form."""
-    texts = value if isinstance(value, list | tuple) else [value]
-    if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError("is no path; expected a folder, a tar file, or a list of them")
-    return value
-
-
-class SourceConfig(Mixed):
-    path: PathText
-    """A .json list, a .jsonl file, an InternVL meta .json, an XComposer .txt list, a .parquet file, a folder that the
-    `datasets` library wrote, or WebDataset .tar shards (`*` and `{000..012}` are understood)."""
-    root: Annotated[PathText | tuple[PathText, ...], BeforeValidator(_one_or_several)] | None = None
-    """Folder that relative media paths start from (several are tried in turn), or tar file(s) whose members they name
-    (parts of a split tar are read as one); else the folder of `path`. Of a list: where the list's paths start from."""
-    split: str | None = None
-    """Split of a dataset folder (`train` when it has several)."""
-    given_num: bool = True
-    """Numbers in an XComposer .txt list are thousands of rows per epoch; false: they are ratios."""
-
-
-class HubSource(Mixed):
-    hub: Annotated[str, Field(min_length=1)]
-    """A dataset repository on the hub, `owner/name`; fetched once, then read like a folder."""
-    split: str | None = None
-    """Split to read (`train` when it has several)."""
-    data_files: tuple[str, ...] = ()
-    """Patterns of the files to fetch; all when left out."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_pattern_needs_no_list(cls, values: Any) -> Any:
-        return _listed(values, ("data_files",), str)
-
-
-class XTunerLists(Read):
-    """Three lists of one length, as in XTuner's configs."""
-
-    data_paths: Annotated[tuple[PathText, ...], Field(min_length=1)]
-    """Annotation files."""
-    image_folders: tuple[PathText | None, ...] = ()
-    """Media folder of each file; null for rows without pictures. Left out: the folder of each file."""
-    repeat_times: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """How often each row of each file comes in an epoch, fractions included; once when left out."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_file_needs_no_lists(cls, values: Any) -> Any:
-        return _listed(values, ("data_paths", "image_folders", "repeat_times"), str | int | float)
-
-    @model_validator(mode="after")
-    def _one_length(self) -> XTunerLists:
-        count = len(self.data_paths)
-        for name, given in (("image_folders", len(self.image_folders)), ("repeat_times", len(self.repeat_times))):
-            if given not in (0, count):
-                each = "its folder, or null" if name == "image_folders" else "its number"
-                raise ValueError(f"{name} has {given} entries, but data_paths has {count}; give every file {each}")
-        return self
-
-
-def _listed(values: Any, names: tuple[str, ...], kind: Any) -> Any:
-    """`values` with every single one of `names` put in a list."""
-    if not isinstance(values, dict):
-        return values
-    return {key: [value] if key in names and isinstance(value, kind) else value for key, value in values.items()}
-
-
-SOURCE_KINDS: dict[str, type[Read]] = {"file": SourceConfig, "hub": HubSource, "lists": XTunerLists}
-"""How a mistake in a source names its kind; the first key that a kind requires tells it from the others."""
-
-
-def _kind_of_source(value: Any) -> str:
-    if isinstance(value, dict):
-        return "lists" if "data_paths" in value else "hub" if "hub" in value else "file"
-    return "lists" if isinstance(value, XTunerLists) else "hub" if isinstance(value, HubSource) else "file"
-
-
-AnySource = Annotated[
-    Annotated[SourceConfig, Tag("file")] | Annotated[HubSource, Tag("hub")] | Annotated[XTunerLists, Tag("lists")],
-    Discriminator(_kind_of_source),
-]
 
 
 class DataConfig(Section):

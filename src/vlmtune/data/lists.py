@@ -8,9 +8,9 @@ XComposer's .txt           ``<path> <number>`` per line: thousands of rows (`cho
 
 What stands on the configured source holds for each of its files; its `repeat` multiplies theirs.
 
-Relative paths in a list start from the `root` of its source. Without one they start from the nearest folder, upwards
-from the list's own, where all the files of the list are found: the tools that the lists come from start them from the
-folder they are run in, which usually is above the list.
+Relative paths in a list start from the first folder that has all the files of the list: the `root` of its source, the
+list's own folder, or one above it. The tools that the lists come from start them from the folder they are run in, which
+usually is above the list.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from vlmtune.config.schema import AnySource, HubSource, ImageOptions, SourceConfig, XTunerLists
+from vlmtune.config.schema import AnySource, HubSource, ImageOptions, Read, SourceConfig, XTunerLists
 from vlmtune.data.json_rows import parse_row
 from vlmtune.data.mixture import exact_count
 from vlmtune.errors import DataError
@@ -68,8 +68,9 @@ def _xtuner(lists: XTunerLists) -> list[Listed]:
     count = len(lists.data_paths)
     folders = lists.image_folders or (None,) * count
     repeats = lists.repeat_times or (1.0,) * count
+    how = {name: value for name, value in lists if name in Read.model_fields}
     return [
-        Listed(SourceConfig(path=path, root=folder, repeat=repeat))
+        Listed(SourceConfig(path=path, root=folder, repeat=repeat, **how))
         for path, folder, repeat in zip(lists.data_paths, folders, repeats, strict=True)
     ]
 
@@ -161,7 +162,7 @@ def _entry_source(source: SourceConfig, entry: Mapping[str, Any], where: str, ba
     repeat = _times(entry.get("repeat_time") or 1, source.repeat)
     changed = {
         "path": os.path.join(base, entry["annotation"]),
-        "root": None if root is None else os.path.normpath(os.path.join(base, root)),
+        "root": source.root if root is None else os.path.normpath(os.path.join(base, root)),
         "repeat": repeat,
         "image": image,
         "data_augment": source.data_augment if augment is None else augment,
@@ -268,23 +269,19 @@ def _times(number: float | str, factor: float | None) -> float:
 
 def _base(source: SourceConfig, paths: Mapping[str, str]) -> str:
     """The folder that the relative `paths` (place in the list -> path) start from; see the module's docstring."""
-    own = os.path.dirname(source.path)
-    if isinstance(source.root, str):
-        tried = [source.root]
-    else:
-        tried = [own]
-        while os.path.dirname(tried[-1]) != tried[-1]:
-            tried.append(os.path.dirname(tried[-1]))
+    tried = [source.root] if isinstance(source.root, str) else []
+    tried.append(os.path.dirname(source.path))
+    while os.path.dirname(tried[-1]) != tried[-1]:
+        tried.append(os.path.dirname(tried[-1]))
     relative = {where: path for where, path in paths.items() if not os.path.isabs(path)}
     for folder in tried:
         if all(_is_there(folder, path) for path in relative.values()):
             return folder
     where, path, best = _first_missing(tried, relative)
-    looked = (
-        f"{tried[0]} (`root` of the source)" if isinstance(source.root, str) else f"{tried[0]} and the folders above"
-    )
+    root = f"{source.root} (`root` of the source), " if isinstance(source.root, str) else ""
     raise DataError(
-        f"there is no file {path} under {best}; the relative paths of the list were looked for in {looked}",
+        f"there is no file {path} under {best}; the relative paths of the list were looked for in "
+        f"{root}{os.path.dirname(source.path)} and the folders above",
         where=where,
         remedy="Correct the path, or set `root` of this source to the folder that the paths of the list start from.",
     )
