@@ -5,12 +5,12 @@ Item i is a function of i alone, so that a resumed run asks for item i and reads
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
-from vlmtune.config.schema import RunConfig
+from vlmtune.data.augment import jpeg_quality
 from vlmtune.data.collate import collate
 from vlmtune.data.packing import Plan
 from vlmtune.data.prepare import PreparedRows
@@ -43,18 +43,30 @@ class MicroBatches(Dataset[Batch | Failed]):
     Args:
         stand_in: give micro batches without pictures a smallest one for the tower (several ranks; see `nn.stand_in`).
         packed: one pack per micro batch, else one row of the batch per sample.
+        augment: change the pictures of sources that ask for it; a function of row and step, so a resumed run equals an
+            uninterrupted one.
 
     A row that turns out bad here (its file was damaged since it was measured) is never replaced: in the main process
     indexing raises DataError, in a worker process it returns `Failed`.
     """
 
     def __init__(
-        self, rows: PreparedRows, opened: OpenedFolder, plan: Plan, config: RunConfig, *, stand_in: bool, packed: bool
+        self,
+        rows: PreparedRows,
+        opened: OpenedFolder,
+        plan: Plan,
+        *,
+        stand_in: bool,
+        packed: bool,
+        augment: bool,
+        seed: int,
     ) -> None:
         self.rows = rows
         self.opened = opened
         self.plan = plan
-        self.seed = config.train.seed
+        self.seed = seed
+        options = [source.options for source in rows.corpus.sources]
+        self.augmented = [augment and option.data_augment for option in options]
         self.stand_in = stand_in
         self.packed = packed
 
@@ -72,7 +84,8 @@ class MicroBatches(Dataset[Batch | Failed]):
     def _batch(self, i: int) -> Batch:
         if not 0 <= i < len(self):
             raise IndexError(f"micro batch {i} of {len(self)}")
-        encoded = [self._encoded(row) for row in self.plan.rows(i)]
+        step = i // self.plan.micro_batches_per_step
+        encoded = [self._augmented(self._encoded(row), row, step) for row in self.plan.rows(i)]
         if not encoded:
             encoded = [self._nothing()]
         rows = [encoded] if self.packed else [[sample] for sample in encoded]
@@ -88,6 +101,11 @@ class MicroBatches(Dataset[Batch | Failed]):
                 remedy="Its file or a picture changed. Do not change the data during a run.",
             )
         return encoded
+
+    def _augmented(self, encoded: Encoded, row: int, step: int) -> Encoded:
+        if not self.augmented[self.rows.corpus.source_of(row)]:
+            return encoded
+        return replace(encoded, jpeg_quality=jpeg_quality(self.seed, row, step))
 
     def _nothing(self) -> Encoded:
         """The smallest row, without anything to learn: it lets a rank without rows take part in the step."""

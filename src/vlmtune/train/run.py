@@ -35,6 +35,8 @@ from vlmtune.weights import names
 
 Say = Callable[[str], None]
 
+_MANY = 100_000  # rows that are worth preparing before a job starts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
@@ -138,14 +140,15 @@ def _lay_out(
         plan = make(prepared.measured, prepared.rows.corpus, config, world=processes.world, packed=packed)
         return prepared.rows, plan
 
-    def batches(rows: PreparedRows, plan: Plan) -> MicroBatches:
+    def batches(rows: PreparedRows, plan: Plan, *, augment: bool) -> MicroBatches:
         stand_in = arguments.needs_stand_in(config, strategy)
-        return MicroBatches(rows, opened, plan, config, stand_in=stand_in, packed=packed)
+        seed = config.train.seed
+        return MicroBatches(rows, opened, plan, stand_in=stand_in, packed=packed, augment=augment, seed=seed)
 
     rows, plan = planned(config.data.sources, make_plan)
     tell(arithmetic_text(plan.arithmetic()))
-    eval_batches = batches(*planned(config.data.eval, make_eval_plan)) if config.data.eval else None
-    return _Data(train=batches(rows, plan), plan=plan, eval=eval_batches)
+    eval_batches = batches(*planned(config.data.eval, make_eval_plan), augment=False) if config.data.eval else None
+    return _Data(train=batches(rows, plan, augment=True), plan=plan, eval=eval_batches)
 
 
 def _prepared(
@@ -153,21 +156,19 @@ def _prepared(
 ) -> Prepared:
     """The rows of `sources`; the first process prepares what is missing, then all map the same shards."""
     into, allow = prepared_folder(config), config.data.allow
-
-    def first() -> Prepared:
-        corpus = open_corpus(sources, allow=allow, memory=into)
-        if processes.world > 1:
-            tell(f"{len(corpus):,} rows: `vlmtune prepare` beforehand spares the other processes the waiting.")
-        return prepare(corpus, opened, into=into, workers=config.data.workers)
-
     if processes.is_first:
-        prepared = first()
+        corpus = open_corpus(sources, allow=allow, memory=into)
+        prepared = prepare(corpus, opened, into=into, workers=config.data.workers)
     processes.wait()
     if not processes.is_first:
         prepared = open_prepared(open_corpus(sources, allow=allow, memory=into), opened, into)
-    found = f"{prepared.num_kept:,} rows were prepared before" if prepared.num_kept else ""
-    made = f"{prepared.num_made:,} rows prepared now" if prepared.num_made else ""
-    tell(f"{'; '.join(filter(None, (found, made)))} ({into}).")
+    said = []
+    if prepared.num_kept:
+        said.append(f"{prepared.num_kept:,} rows were prepared before")
+    if prepared.num_made:
+        beforehand = " (`vlmtune prepare` does it before a job)" if prepared.num_made >= _MANY else ""
+        said.append(f"{prepared.num_made:,} rows prepared now{beforehand}")
+    tell(f"{'; '.join(said)}, in {into}.")
     return prepared
 
 

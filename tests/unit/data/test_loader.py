@@ -51,7 +51,7 @@ def micro_batches(
     corpus = open_corpus(config.data.sources)
     prepared = prepare(corpus, opened, into=folder / "prepared", workers=0)
     plan = make_plan(prepared.measured, corpus, config, world=world, packed=packed)
-    return MicroBatches(prepared.rows, opened, plan, config, stand_in=True, packed=packed)
+    return MicroBatches(prepared.rows, opened, plan, stand_in=True, packed=packed, augment=True, seed=3)
 
 
 def loaded(batches: MicroBatches, workers: int) -> list[Batch]:
@@ -118,3 +118,16 @@ def test_unwrap() -> None:
     with pytest.raises(DataError) as caught:
         unwrap(Failed(error))
     assert caught.value is error
+
+
+def test_augmented_pictures_depend_on_row_and_step_alone(tmp_path: Path, opened: OpenedFolder) -> None:
+    batches = micro_batches(tmp_path, opened, epochs=2)
+    plain = [unwrap(batches[i]) for i in range(len(batches))]
+    batches.augmented = [True]
+    once, again = ([unwrap(batches[i]) for i in range(len(batches))] for _ in range(2))
+    changed = 0
+    for before, first, second in zip(plain, once, again, strict=True):
+        if "pixel_values" in before.inputs:
+            assert torch.equal(first.inputs["pixel_values"], second.inputs["pixel_values"])
+            changed += not torch.equal(before.inputs["pixel_values"], first.inputs["pixel_values"])
+    assert changed == sum("pixel_values" in batch.inputs for batch in plain) > 2
