@@ -32,11 +32,12 @@ def files_of(path: str) -> tuple[str, ...]:
         return (path,)
     found: list[str] = []
     for alternative in _expand_braces(path):
-        matches = sorted(glob.glob(alternative, recursive=True)) if re.search(r"[*?\[]", alternative) else [alternative]
+        wild = re.search(r"[*?\[]", alternative) is not None and not os.path.lexists(alternative)
+        matches = sorted(glob.glob(alternative, recursive=True)) if wild else [alternative]
         files = [match for match in matches if os.path.isfile(match)]
         if not files:
             raise DataError(
-                f"no file matches {alternative}" if matches != [alternative] else f"there is no file {alternative}",
+                f"no file matches {alternative}" if wild else f"there is no file {alternative}",
                 where=path if alternative != path else "",
                 remedy="Correct the path in the YAML (a relative one starts from the YAML's own folder).",
             )

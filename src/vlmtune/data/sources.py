@@ -17,11 +17,19 @@ import numpy as np
 
 from vlmtune.config.schema import AnySource, HubSource, Mixed, SourceConfig
 from vlmtune.data.adapters import check_columns, to_sample
+from vlmtune.data.archives import Members, TarRoot, archives_of, is_archive, names_archives
+from vlmtune.data.folders import settled
+from vlmtune.data.hub import fetched
 from vlmtune.data.json_rows import JsonRows
 from vlmtune.data.lists import expand
 from vlmtune.data.paths import MediaRoot, RenamedRoot, Root
+from vlmtune.data.patterns import files_of
 from vlmtune.data.sample import Sample
+from vlmtune.data.tables import TableRows, is_table
+from vlmtune.data.webdataset import WebDatasetRows
 from vlmtune.errors import DataError, UsageError
+
+_PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
 
 
 class Rows(Protocol):
@@ -182,12 +190,13 @@ def open_corpus(sources: Sequence[AnySource], *, allow: Sequence[str] = (), memo
             that contradicts its files.
     """
     listed = expand(sources)
-    for entry in listed:
-        check_columns(entry.source.columns)
-    opened = [_open_rows(entry.source, memory) for entry in listed]
+    settled_sources = [_settled(entry.source) for entry in listed]
+    for source in settled_sources:
+        check_columns(source.columns)
+    opened = [_open_rows(source, memory) for source in settled_sources]
     names = iter(_names([file for rows in opened for file in rows.files]))
     found = []
-    for entry, rows in zip(listed, opened, strict=True):
+    for entry, source, rows in zip(listed, settled_sources, opened, strict=True):
         own = tuple(next(names) for _ in rows.files)
         if entry.num_rows is not None and entry.num_rows != len(rows):
             raise DataError(
@@ -195,36 +204,74 @@ def open_corpus(sources: Sequence[AnySource], *, allow: Sequence[str] = (), memo
                 where=entry.where,
                 remedy="Look whether the file is whole; if it is, correct `length` or take it out.",
             )
-        media = _open_root(entry.source, rows, own[0], allow, memory)
-        found.append(Source(name=own[0], names=own, rows=rows, media=media, options=entry.source))
+        media = _open_root(source, rows, own[0], allow, memory)
+        found.append(Source(name=own[0], names=own, rows=rows, media=media, options=source))
     return Corpus(tuple(found))
 
 
-def _open_rows(source: SourceConfig | HubSource, memory: Path | None) -> Rows:
-    """The rows of a source, by the kind of its file."""
+def _settled(source: SourceConfig | HubSource) -> SourceConfig:
+    """A source whose path is a file or a pattern of files, or one folder that `save_to_disk` wrote."""
     if isinstance(source, HubSource):
-        raise DataError("datasets of the hub are not read yet", where=source.hub)
-    return JsonRows(source.path, os.path.basename(source.path), memory)
+        return fetched(source)
+    found = settled(source) if os.path.isdir(source.path) else source
+    if found.split is not None:
+        raise DataError(
+            f"`split` is {found.split!r}, but there is one split only",
+            where=os.path.basename(source.path),
+            expected="`split` for dataset folders that have several",
+            remedy="Take it out.",
+        )
+    return found
 
 
-def _open_root(
-    source: SourceConfig | HubSource, rows: Rows, name: str, allow: Sequence[str], memory: Path | None
-) -> Root:
+def _open_rows(source: SourceConfig, memory: Path | None) -> Rows:
+    """The rows of a source, by the kind of its files."""
+    files = files_of(source.path)
+    first = os.path.basename(files[0])
+    if os.path.splitext(first)[1].lower() in _PICKLED:
+        raise DataError(
+            "files of this kind run code when they are opened, so they are not read",
+            where=first,
+            expected=".jsonl, .json, .parquet, .tar or a folder of `datasets`",
+            remedy="Save the rows as .jsonl with the tool that wrote them.",
+        )
+    if is_table(files[0]):
+        return TableRows(files, memory)
+    if is_archive(files[0]):
+        return WebDatasetRows(Members(archives_of(files), memory), memory)
+    if len(files) > 1:
+        raise DataError(
+            f"the pattern means {len(files)} files, {first} and others",
+            where=source.path,
+            expected="several .parquet or .tar files, or one .jsonl",
+            remedy="Make each .jsonl a source of its own.",
+        )
+    return JsonRows(files[0], first, memory)
+
+
+def _open_root(source: SourceConfig, rows: Rows, name: str, allow: Sequence[str], memory: Path | None) -> Root:
     """Where the media of a source are; `name` is what messages call its file."""
-    root = _root_of(source, rows, name, (*allow, *filter(None, source.replace_prefix.values())))
+    root = _root_of(source, rows, name, (*allow, *filter(None, source.replace_prefix.values())), memory)
     return RenamedRoot(root, source.replace_prefix) if source.replace_prefix else root
 
 
-def _root_of(source: SourceConfig | HubSource, rows: Rows, name: str, allow: tuple[str, ...]) -> Root:
-    given = () if isinstance(source, HubSource) or source.root is None else source.root
-    folders = (given,) if isinstance(given, str) else given
-    for folder in folders:
+def _root_of(source: SourceConfig, rows: Rows, name: str, allow: tuple[str, ...], memory: Path | None) -> Root:
+    given = () if source.root is None else source.root
+    roots = (given,) if isinstance(given, str) else given
+    if roots and all(names_archives(root) for root in roots):
+        return TarRoot(Members(archives_of(roots), memory))
+    for folder in roots:
         if not os.path.isdir(folder):
             raise DataError(
-                f"the media root {folder} is not a folder", where=name, remedy="Correct `root` of this source."
+                f"the media root {folder} is not a folder",
+                where=name,
+                expected="folders, or tar files",
+                remedy="Correct `root` of this source.",
             )
-    if folders:
-        return MediaRoot(folders[0], why="`root` of the source", more=folders[1:], allow=allow)
+    if roots:
+        return MediaRoot(roots[0], why="`root` of the source", more=roots[1:], allow=allow)
+    if isinstance(rows, WebDatasetRows):
+        return TarRoot(rows.members)
     folder = os.path.dirname(os.path.abspath(rows.files[0]))
     return MediaRoot(folder, why=f"the folder of {name}, as the source has no `root`", allow=allow)
 
