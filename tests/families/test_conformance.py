@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import re
 from collections.abc import Callable
@@ -14,10 +15,13 @@ import pytest
 import torch
 from rows import conversation, varied_samples, write_picture
 from tiny import KINDS
+from transformers.video_utils import VideoMetadata
+from videos import numbered, write_video
 
+from vlmtune.config.schema import MediaOptions, VideoOptions
 from vlmtune.data.collate import collate, prompt_batch
 from vlmtune.data.encode import encode, encode_prompt
-from vlmtune.data.sample import IGNORED, Batch, Encoded, Sample
+from vlmtune.data.sample import IGNORED, Batch, Box, Encoded, MediaRef, Message, Sample, Text, Video
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import load_model, open_folder
 from vlmtune.nn.stand_in import StandIn
@@ -285,3 +289,191 @@ def test_opened_folder_survives_a_process_border(opened: OpenedFolder, samples: 
         first, second = (encode(sample, one) for one in (opened, again))
         assert first.input_ids.tolist() == second.input_ids.tolist()
         assert first.spans == second.spans
+
+
+@pytest.fixture(scope="module")
+def film_ref(tmp_path_factory: pytest.TempPathFactory) -> MediaRef:
+    path = tmp_path_factory.mktemp("films") / "a.mkv"
+    return MediaRef(path=str(write_video(path, codec="ffv1", num_frames=30)))
+
+
+def about_a_film(film: MediaRef, picture: MediaRef) -> Sample:
+    """A picture, a video of 30 frames where its mark stood, and a second turn."""
+    user = (*conversation(("user", ["Here ", picture, " and here "])).messages[0].parts, Video(film))
+    return Sample(
+        messages=(
+            Message("user", (*user, Text("\nWhich digit is this?"))),
+            Message("assistant", (Text("It is a seven."),)),
+            Message("user", (Text("And the menu?"),)),
+            Message("assistant", (Text("At the top left."),)),
+        ),
+        origin="a:6",
+    )
+
+
+def with_frames(opened: OpenedFolder, number: int) -> OpenedFolder:
+    options = opened.media.model_copy(update={"video": VideoOptions(num_frames=number)})
+    return dataclasses.replace(opened, media=options)
+
+
+def test_frames_of_a_video_count_as_features(
+    opened: OpenedFolder, model: torch.nn.Module, film_ref: MediaRef, tmp_path: Path
+) -> None:
+    three = with_frames(opened, 3)
+    sample = about_a_film(film_ref, write_picture(tmp_path, (100, 40)))
+    row = encode(sample, three)
+    assert [ref.frame for ref, _ in row.media] == [None, 0, 14, 29]
+    assert [plan.is_frame for _, plan in row.media] == [False, True, True, True]
+    assert all(plan.num_tiles == 1 for _, plan in row.media[1:]), "a frame is never cut"
+    assert {(span.index, span.kind) for span in row.spans} == {(0, "image"), *((i, "video") for i in (1, 2, 3))}
+    inputs = collate([[row]], three, stand_in=False).inputs
+    placeholders = int((inputs["input_ids"] == opened.spec.placeholder_id).sum())
+    assert placeholders == sum(span.length for span in row.spans)
+    names = ("pixel_values", "image_grid_thw", "pixel_attention_mask")
+    with torch.no_grad():
+        features = model.get_image_features(**{n: inputs[n] for n in names if n in inputs}).pooler_output
+        logits = model(**inputs).logits
+    assert sum(part.shape[:-1].numel() for part in features) == placeholders
+    assert logits.isfinite().all()
+    for ref, plan in row.media[1:]:
+        alone = opened.family.pixels(PIL.Image.fromarray(numbered(ref.frame)), plan, opened.spec)
+        collated = opened.family.collate_pixels([alone], opened.spec)["pixel_values"]
+        flat = (
+            inputs["pixel_values"].reshape(-1, *collated.shape[-3:]) if collated.dim() > 2 else inputs["pixel_values"]
+        )
+        assert _holds(flat, collated.reshape(-1, *flat.shape[1:])), "the decoded frame is another one"
+
+
+def _holds(rows: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether `part` stands somewhere in `rows`, up to the loss of YUV."""
+    n = len(part)
+    return any(torch.allclose(rows[i : i + n], part, atol=0.15) for i in range(len(rows) - n + 1))
+
+
+def test_a_video_stands_where_its_mark_stood(opened: OpenedFolder, film_ref: MediaRef, tmp_path: Path) -> None:
+    two = with_frames(opened, 2)
+    row = encode(about_a_film(film_ref, write_picture(tmp_path, (100, 40))), two)
+    taken = np.zeros(row.num_tokens, bool)
+    text, at = "", 0
+    for start, end, index in _ranges(row, two):
+        text += opened.tokenizer.decode(row.input_ids[at:start]) + f"[{index}]"
+        taken[start:end] = True
+        at = end
+    text += opened.tokenizer.decode(row.input_ids[at:])
+    intro = "You are provided the following series of two frames from a 0:00:01 [H:MM:SS] video.\n"
+    qwen = "Here <|vision_start|>[0]<|vision_end|> and here " + "".join(
+        f"<|vision_start|>[{i}]<|vision_end|>" for i in (1, 2)
+    )
+    expected = {
+        "internvl": "Here [0]\n and here Frame1: [1]\nFrame2: [2]\n",
+        "qwen2_5_vl": qwen,
+        "qwen3_vl": qwen,
+        "llava": "USER: [0]\n[1]\n[2]\nHere   and here  ",
+        "smolvlm": f"Here [0] and here {intro}\nFrame from 00:00:[1]\nFrame from 00:01:[2]\n\n",
+    }[opened.folder.config["model_type"]]
+    assert expected + "Which digit" in text
+    assert not (taken & (row.labels != IGNORED)).any()
+
+
+@pytest.mark.parametrize("kind", ["internvl", "smolvlm"])
+def test_frames_are_written_as_the_processor_of_transformers_writes_them(
+    kind: str, tiny_folder: Callable[[str], Path], film_ref: MediaRef
+) -> None:
+    opened = open_folder(tiny_folder(kind), MediaOptions(video=VideoOptions(num_frames=4)))
+    shown = [0, 9, 19, 29]
+    metadata = VideoMetadata(total_num_frames=30, fps=25.0, duration=30 / 25, frames_indices=shown)
+    outputs = {
+        "internvl": {"pixel_values_videos": [np.zeros((4, 3, 32, 32))]},
+        "smolvlm": {"pixel_values": np.zeros((1, 4, 3, 32, 32)), "video_metadata": [metadata]},
+    }[kind]
+    written = opened.spec.processor.replace_video_token(outputs, video_idx=0)
+    expected = opened.tokenizer(written, add_special_tokens=False).input_ids
+    row = encode_prompt(Sample(messages=(Message("user", (Video(film_ref), Text("Why?"))),), origin="a"), opened)
+    ids = row.input_ids.tolist()
+    assert any(ids[i : i + len(expected)] == expected for i in range(len(ids)))
+    assert [ref.frame for ref, _ in row.media] == shown
+
+
+def _ranges(row: Encoded, opened: OpenedFolder) -> list[tuple[int, int, int]]:
+    """(start, end, index) of all ids of each medium."""
+    found, at = [], 0
+    for index, (_, plan) in enumerate(row.media):
+        ids, _ = opened.family.span_ids(plan, opened.spec)
+        start = next(i for i in range(at, row.num_tokens) if row.input_ids[i : i + len(ids)].tolist() == ids.tolist())
+        found.append((start, start + len(ids), index))
+        at = start + len(ids)
+    return found
+
+
+def test_frames_through_packing_and_generation(
+    opened: OpenedFolder, model: torch.nn.Module, film_ref: MediaRef, samples: list[Sample], tmp_path: Path
+) -> None:
+    two = with_frames(opened, 2)
+    exact = copy.deepcopy(model).double()
+    rows = encoded([about_a_film(film_ref, write_picture(tmp_path, (100, 40))), *samples[2:]], two)
+    single = gradients(exact, [as_double(batch_of([[row]], two)) for row in rows])
+    assert_same(gradients(exact, [as_double(batch_of([rows], two))]), single)
+    question = Sample(messages=about_a_film(film_ref, write_picture(tmp_path, (64, 64))).messages[:1], origin="q")
+    with torch.no_grad():
+        model.generate(**prompt_batch([encode_prompt(question, two)], two), max_new_tokens=2, do_sample=False)
+
+
+def test_frames_survive_planning_again_from_what_a_store_keeps(
+    opened: OpenedFolder, film_ref: MediaRef, tmp_path: Path
+) -> None:
+    row = encode(about_a_film(film_ref, write_picture(tmp_path, (100, 40))), with_frames(opened, 4))
+    sizes = [plan.size for _, plan in row.media]
+    again = opened.family.plan(sizes, opened.spec, [ref.frame is not None for ref, _ in row.media])
+    assert again == tuple(plan for _, plan in row.media)
+
+
+def test_a_box_in_an_answer_is_trained_and_stands_as_the_model_writes_it(opened: OpenedFolder, tmp_path: Path) -> None:
+    picture = write_picture(tmp_path, (200, 100))
+    question = conversation(("user", [picture, "Where is the menu?"])).messages[0]
+    box = Box((20, 10, 100.4, 50))
+    answer = Message("assistant", (Text("It is at "), box, Text(".")))
+    row = encode(Sample(messages=(question, answer), origin="a:7"), opened)
+    kept = row.labels != IGNORED
+    (_, plan), *_ = row.media
+    width, height = plan.resized or (0, 0)
+    written = {
+        "internvl": "<box>[[100, 100, 502, 500]]</box>",
+        "qwen2_5_vl": f"[{round(width * 0.1)}, {round(height * 0.1)}, {round(width * 0.502)}, {round(height * 0.5)}]",
+        "qwen3_vl": "[100, 100, 502, 500]",
+        "llava": "[0.10, 0.10, 0.50, 0.50]",
+        "smolvlm": "[100, 100, 502, 500]",
+    }[opened.folder.config["model_type"]]
+    expected = f"{opened.chat.answer_lead}It is at {written}.{opened.chat.stop}"
+    assert opened.tokenizer.decode(row.input_ids[kept]) == expected
+    asked = Message("user", (question.parts[0], Text("Where is the menu? "), box, Text("?")))
+    row = encode(Sample(messages=(asked, Message("assistant", (Text("Yes."),))), origin="a:8"), opened)
+    assert f"Where is the menu? {written}?" in opened.tokenizer.decode(row.input_ids)
+
+
+def test_the_size_after_the_resize_is_what_the_processor_makes(
+    opened: OpenedFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boxes in pixels are pixels of this picture."""
+    real = PIL.Image.Image.resize
+    made: list[tuple[int, int]] = []
+
+    def noting(image: PIL.Image.Image, size: tuple[int, int], *more: object, **named: object) -> PIL.Image.Image:
+        made.append(tuple(size))
+        return real(image, size, *more, **named)
+
+    monkeypatch.setattr(PIL.Image.Image, "resize", noting)
+    for size in ((200, 100), (37, 90), (500, 333)):
+        made.clear()
+        picture = PIL.Image.new("RGB", size)
+        (plan,) = opened.family.plan([size], opened.spec)
+        opened.spec.image_processor([[picture]] if opened.spec.kind.nested else [picture], return_tensors="pt")
+        if opened.folder.config["model_type"] == "llava":
+            assert plan.resized is None  # the middle is cut out
+        else:
+            assert plan.resized in made
+
+
+def test_media_options_survive_a_process_border(opened: OpenedFolder) -> None:
+    chosen = dataclasses.replace(opened, media=MediaOptions(exif="ignore", video=VideoOptions(fps=2.0)))
+    assert pickle.loads(pickle.dumps(chosen)).media == chosen.media
+    assert pickle.loads(pickle.dumps(chosen)).boxes == opened.boxes
