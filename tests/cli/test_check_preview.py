@@ -41,7 +41,7 @@ def test_check_of_good_data(run_yaml: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["check", str(run_yaml), "train.epochs=3", "--decode", "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "Every row can be trained." in printed and "3 steps = 3 epochs" in printed
-    assert " in 1 pack of at most " in printed and " tokens, 1 step\n" in printed
+    assert " in 1 pack of at most " in printed and " tokens, 1 pack, 1 step\n" in printed
     report = json.loads(out.read_text())
     assert (report["rows"], report["bad"], report["steps"], report["images"]) == (12, [], 3, 12)
     assert 0 < report["trained_tokens"] < report["tokens"]
@@ -51,10 +51,39 @@ def test_check_lists_all_bad_rows_and_exits_with_3(run_yaml: Path, capsys: pytes
     write_rows(run_yaml.parent, [row(i, **({} if i % 2 else {"image": f"gone{i}.png"})) for i in range(12)])
     out = run_yaml.parent / "check.json"
     assert main(["check", str(run_yaml), "--json", str(out)]) == 3
-    assert "6 bad rows: a run would refuse to start." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "6 bad rows: a run would refuse to start." in printed and "… and 3 more" in printed
     bad = json.loads(out.read_text())["bad"]
+    listed = run_yaml.parent / "runs" / "run" / "bad_rows.jsonl"
+    assert str(listed) in printed.replace("\n", "")
+    assert [json.loads(line) for line in listed.read_text().splitlines()] == bad
     assert [entry["origin"] for entry in bad] == [f"rows.jsonl:{i + 1}" for i in range(0, 12, 2)]
     assert all(f"gone{i}.png" in entry["reason"] for i, entry in zip(range(0, 12, 2), bad, strict=True))
+
+
+def test_bad_rows_within_the_cap_are_told_and_listed_until_there_are_none(
+    run_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = run_yaml.parent / "runs" / "run" / "bad_rows.jsonl"
+    write_rows(run_yaml.parent, [row(i, **({"image": "gone.png"} if i == 4 else {})) for i in range(12)])
+    assert main(["check", str(run_yaml), "data.bad_rows=drop", "data.max_bad_share=0.1"]) == 0
+    assert "1 bad row would be dropped" in capsys.readouterr().out and listed.exists()
+    assert main(["check", str(run_yaml), "data.bad_rows=drop", "data.max_bad_share=0.05"]) == 3
+    assert "1 of 12 rows are bad, 8.33%" in " ".join(capsys.readouterr().out.split())
+    write_rows(run_yaml.parent, [row(i) for i in range(12)])
+    assert main(["check", str(run_yaml)]) == 0
+    assert not listed.exists() and "bad_rows.jsonl" not in capsys.readouterr().out
+
+
+def test_the_quick_look(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run_yaml.parent / "check.json"
+    assert main(["check", str(run_yaml), "--quick", "--json", str(out)]) == 0
+    assert "No row is bad." in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert (report["rows"], report["images"], report["tokens"], report["epoch"]) == (12, 12, None, {"rows.jsonl": 12})
+    write_rows(run_yaml.parent, [row(0), row(1, image=None)])
+    assert main(["check", str(run_yaml), "--quick"]) == 3
+    assert "1 bad row: a run would refuse to start." in capsys.readouterr().out
 
 
 def test_check_names_the_devices_it_cannot_divide_for(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:

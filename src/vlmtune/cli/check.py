@@ -10,6 +10,7 @@ from vlmtune.cli import environment
 HELP = "every bad row with file, line and reason; lengths, packs, batch arithmetic"
 EXAMPLES = """
 vlmtune check run.yaml
+vlmtune check run.yaml --quick
 vlmtune check run.yaml --decode --json check.json
 vlmtune check run.yaml data.max_length=2048 data.too_long=drop --devices 8
 """
@@ -20,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that differ from the file")
     parser.add_argument(
         "--decode", action="store_true", help="open every pixel: finds truncated pictures, takes longer"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="rows, marks and picture headers alone: no tokens, no packs, much faster"
     )
     parser.add_argument("--devices", type=_positive, default=1, metavar="N", help="plan the batches for N devices (1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report, all bad rows included")
@@ -35,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
+    from vlmtune.data.bad_rows import write_bad_rows
     from vlmtune.data.check import check
     from vlmtune.data.check_tables import render
     from vlmtune.errors import DataError
@@ -42,16 +47,16 @@ def run(args: argparse.Namespace) -> int:
     from vlmtune.models.load import open_folder
 
     opened = open_folder(config.model.path, config.media)
-    report = check(config, opened, world=args.devices, decode=args.decode)
+    report = check(config, opened, world=args.devices, decode=args.decode, quick=args.quick)
+    assert config.train.output_dir is not None  # load_config sees to it
+    listed = write_bad_rows(Path(config.train.output_dir), report.bad)
     if args.json:
         write_atomic(args.json, json.dumps(report.as_dict(), ensure_ascii=False, indent=1) + "\n")
     console = Console(highlight=False)
-    for piece in render(report):
+    for piece in render(report, listed):
         console.print(piece)
     if args.json:
         console.print(f"The whole report is in {args.json}.", markup=False)
-    elif report.bad:
-        console.print("`--json FILE` writes all of them.", markup=False)
     return DataError.exit_code if report.refuses else 0
 
 

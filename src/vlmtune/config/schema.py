@@ -179,8 +179,8 @@ class TrainConfig(Section):
     """Passes over the rows; parts of one are allowed."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
-    global_batch_size: Annotated[int, Field(ge=1)] = 16
-    """Rows per optimizer step over all devices; accumulation is derived from it."""
+    global_batch_size: Annotated[int, Field(ge=1)] | None = 16
+    """Rows per optimizer step over all devices; accumulation is derived from it. Null with `global_batch_tokens`."""
     global_batch_tokens: Annotated[int, Field(ge=8)] | None = None
     """Tokens per optimizer step instead of rows: a step takes this many ÷ `data.max_length` packs, filled over the
     whole epoch; needs packing."""
@@ -223,6 +223,20 @@ class TrainConfig(Section):
     extra: dict[str, Any] = {}
     """Further arguments of transformers.TrainingArguments; a name that vlmtune sets itself is refused."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_take_the_place_of_rows(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("global_batch_tokens") is not None:
+            values = {"global_batch_size": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _one_global_batch(self) -> TrainConfig:
+        if (self.global_batch_size is None) == (self.global_batch_tokens is None):
+            given = "are both null" if self.global_batch_size is None else "say the same thing in different ways"
+            raise ValueError(f"global_batch_size and global_batch_tokens {given}; give one of them")
+        return self
+
 
 class EvalConfig(Section):
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
@@ -244,6 +258,15 @@ class RunConfig(Section):
     def _early_stopping_needs_eval(self) -> RunConfig:
         if self.train.early_stopping and not self.data.eval:
             raise ValueError("train.early_stopping needs data.eval: without held-out rows there is nothing to watch")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_in_tokens_need_packs(self) -> RunConfig:
+        if self.train.global_batch_tokens is not None and not self.data.packing:
+            raise ValueError(
+                "train.global_batch_tokens needs data.packing: true, as such a step is made of packs; without packing "
+                "set train.global_batch_size"
+            )
         return self
 
     @property

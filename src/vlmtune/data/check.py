@@ -14,13 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from vlmtune.config.schema import AnySource, RunConfig
-from vlmtune.data.measure import SMALL_SIDE, BadRow, Measured, too_long
-from vlmtune.data.mixture import exact_count
-from vlmtune.data.packing import TrainPlan, plan_rows, refuse_repeat
+from vlmtune.config.schema import RunConfig
+from vlmtune.config.sources import AnySource
+from vlmtune.data.bad_rows import Judged, bad_row_dict, judge
+from vlmtune.data.measure import SMALL_SIDE, BadRow, Measured
+from vlmtune.data.mixture import epoch_counts, mixing_text
+from vlmtune.data.packing import plan_rows, refuse_mixing
 from vlmtune.data.prepare import Look, prepare, prepared_folder
+from vlmtune.data.quick import look_over
 from vlmtune.data.sharing import resolve_packing
 from vlmtune.data.sources import Corpus, open_corpus
+from vlmtune.data.train_plan import TrainPlan
+from vlmtune.errors import DataError
 from vlmtune.models.family import OpenedFolder
 
 __all__ = ["Measured", "Part", "Report", "check", "kinds"]
@@ -31,18 +36,22 @@ FEW_ROWS = 20  # … unless there are fewer rows than this
 
 @dataclass(slots=True, kw_only=True)
 class SourceCounts:
-    """What one file holds. rows: all; bad, dropped: of those; the rest counts usable rows once, whatever `repeat`."""
+    """What one source holds. rows: all; bad, dropped: of those; the rest counts usable rows once, however mixed."""
 
     name: str
-    repeat: float
+    mixing: str
+    """`repeat 1.5`, `choose 500` or `weight 2`."""
     rows: int
     bad: int
+    """Rows that cannot be trained; over-long ones too, where they are refused."""
     dropped: int
+    """Over-long rows, where they are dropped."""
     images: int
-    tokens: int
-    trained_tokens: int
+    tokens: int | None
+    trained_tokens: int | None
+    """None where rows were not tokenised (``--quick``)."""
     epoch_rows: int
-    """Rows that an epoch takes, `repeat` applied."""
+    """Rows that an epoch takes."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,20 +60,27 @@ class Part:
 
     corpus: Corpus
     measured: Measured
-    usable: np.ndarray
-    """Boolean (n,): neither bad nor too long."""
-    bad: list[BadRow]
-    """Rows that make a run refuse to start, in order; over-long ones only where the config refuses them."""
+    judged: Judged
     sources: list[SourceCounts]
+
+    @property
+    def usable(self) -> np.ndarray:
+        """Boolean (n,): neither bad nor too long."""
+        return self.judged.usable
+
+    @property
+    def bad(self) -> list[BadRow]:
+        return self.judged.bad
 
     @property
     def lengths(self) -> np.ndarray:
         """int32 (usable rows,), in tokens."""
         return self.measured.num_tokens[self.usable]
 
-    def total(self, name: str) -> int:
-        """A column of `sources`, summed."""
-        return sum(source[name] for source in self.as_rows())
+    def total(self, name: str) -> Any:
+        """A column of numbers of `sources`, summed; None where it is not known."""
+        values = [source[name] for source in self.as_rows()]
+        return None if None in values else sum(values)
 
     def as_rows(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(source) for source in self.sources]
@@ -77,12 +93,17 @@ class Report:
     train: Part
     eval: Part | None
     plan: TrainPlan | None
-    """The run over the usable rows, as if the bad ones were not there; None when no row is usable."""
+    """The run over the usable rows, as if the bad ones were not there; None when that cannot be, or is not known."""
+    no_plan: DataError | None
+    """Why there is no plan: a source without a usable row."""
     packed: bool
+    quick: bool
+    """Whether rows were not tokenised, so that nothing is known about lengths."""
     decoded: bool
     """Whether pixels were looked at, not only headers."""
     why_not_packed: str | None
     max_length: int
+    max_bad_share: float
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -92,48 +113,53 @@ class Report:
         return found + [("data.eval", row) for row in (self.eval.bad if self.eval else [])]
 
     @property
+    def refusal(self) -> DataError | None:
+        """Why a run would not start; the first reason."""
+        parts = [self.train] + ([self.eval] if self.eval else [])
+        return next((part.judged.refusal for part in parts if part.judged.refusal), None) or self.no_plan
+
+    @property
     def refuses(self) -> bool:
         """Whether a run would refuse to start."""
-        return bool(self.bad) or self.plan is None
+        return self.refusal is not None
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """For ``--json``; null where something is not known."""
         arithmetic = self.plan.arithmetic() if self.plan else {}
+        epoch: Counter[str] = Counter()
+        for source in self.train.sources:
+            epoch[source.name] += source.epoch_rows
+        missing = None if self.quick else 0
         return {
             "version": 1,
             "ok": not self.refuses,
+            "quick": self.quick,
             "rows": self.train.total("rows"),
-            "bad": [
-                {"origin": row.origin, "reason": row.reason, "kind": row.kind, "in": part} for part, row in self.bad
-            ],
+            "bad": [bad_row_dict(part, row) for part, row in self.bad],
             "dropped": self.train.total("dropped"),
             "images": self.train.total("images"),
             "tokens": self.train.total("tokens"),
             "trained_tokens": self.train.total("trained_tokens"),
-            "epoch": {
-                "rows": arithmetic.get("rows_per_epoch", 0),
-                "tokens": arithmetic.get("tokens_per_epoch", 0),
-                "sources": [{"name": source.name, "rows": source.epoch_rows} for source in self.train.sources],
-            },
-            "steps": arithmetic.get("num_steps", 0),
-            "steps_per_epoch": arithmetic.get("steps_per_epoch", 0),
-            "micro_batches": arithmetic.get("micro_batches_per_step", 0),
+            "epoch": dict(epoch),
+            "steps": arithmetic.get("num_steps", missing),
+            "steps_per_epoch": arithmetic.get("steps_per_epoch", missing),
+            "micro_batches": arithmetic.get("micro_batches_per_step", missing),
             "packs": self.num_packs,
             "batch": arithmetic,
             "sources": self.train.as_rows(),
             "eval": self._eval(),
             "longest": longest(self.train),
-            "lengths": [{"up_to": limit, "rows": rows} for limit, rows in histogram(self.train.lengths)],
+            "lengths": [] if self.quick else histogram_dicts(self.train.lengths),
             "unknown_keys": dict(self.train.measured.unknown_keys.most_common()),
             "warnings": self.warnings,
         }
 
     @property
     def num_packs(self) -> int | None:
-        """Packs of an epoch; None without packing."""
-        if not self.packed:
+        """Packs of an epoch; None without packing, or when nothing is known about lengths."""
+        if not self.packed or self.quick:
             return None
-        return self.plan.steps_per_epoch * self.plan.micro_batches_per_step if self.plan else 0
+        return self.plan.packs_per_epoch if self.plan else 0
 
     def _eval(self) -> dict[str, Any] | None:
         if self.eval is None:
@@ -142,67 +168,91 @@ class Report:
         return {**{name: self.eval.total(name) for name in names}, "sources": self.eval.as_rows()}
 
 
-def check(config: RunConfig, opened: OpenedFolder, *, world: int = 1, decode: bool = False) -> Report:
+def check(
+    config: RunConfig, opened: OpenedFolder, *, world: int = 1, decode: bool = False, quick: bool = False
+) -> Report:
     """Read every row of the training and eval sources.
+
+    Args:
+        world: devices to plan for.
+        decode: look at every pixel.
+        quick: look at rows, marks and headers alone; nothing is tokenised, prepared or planned.
 
     Raises:
         DataError: a source that cannot be opened. ConfigError: batch sizes that do not divide. Bad rows do not raise.
     """
     packed, why_not_packed = resolve_packing(config, opened)
-    train = _part(config.data.sources, config, opened, decode)
+    train = _part(config.data.sources, config, opened, decode=decode, quick=quick)
     evaluated = None
     if config.data.eval:
-        evaluated = _part(config.data.eval, config, opened, decode)
-        refuse_repeat(evaluated.corpus)
-    plan = None
-    if train.usable.any():
-        plan = plan_rows(train.usable, train.measured, train.corpus, config, world=world, packed=packed)
+        evaluated = _part(config.data.eval, config, opened, decode=decode, quick=quick)
+        refuse_mixing(evaluated.corpus)
+    plan, no_plan = None, None
+    if not quick:
+        try:
+            plan = plan_rows(train.usable, train.measured, train.corpus, config, world=world, packed=packed)
+        except DataError as error:
+            no_plan = error
     report = Report(
         train=train,
         eval=evaluated,
         plan=plan,
+        no_plan=no_plan,
         packed=packed,
+        quick=quick,
         decoded=decode,
         why_not_packed=why_not_packed,
         max_length=config.data.max_length,
+        max_bad_share=config.data.max_bad_share,
     )
     report.warnings = _warnings(report)
     return report
 
 
-def _part(sources: tuple[AnySource, ...], config: RunConfig, opened: OpenedFolder, decode: bool) -> Part:
+def _part(
+    sources: tuple[AnySource, ...], config: RunConfig, opened: OpenedFolder, *, decode: bool, quick: bool
+) -> Part:
     data = config.data
     into = prepared_folder(config)
     corpus = open_corpus(sources, allow=data.allow, memory=into)
-    look: Look = "pixels" if decode else "headers"
-    prepared = prepare(corpus, opened, into=into, workers=data.workers, look=look)
-    measured = prepared.measured
-    long = measured.num_tokens > data.max_length
-    usable = (measured.num_tokens > 0) & ~long
-    usable[[row.index for row in prepared.undecodable]] = False
-    bad = sorted([*measured.bad, *prepared.undecodable], key=lambda row: row.index)
-    if data.too_long == "refuse":
-        bad = sorted([*bad, *too_long(measured, corpus, data)], key=lambda row: row.index)
-    borders = np.concatenate([[0], np.cumsum(corpus.source_sizes)])
+    undecodable: list[BadRow] = []
+    if quick:
+        measured = look_over(corpus, opened, workers=data.workers, decode=decode)
+    else:
+        look: Look = "pixels" if decode else "headers"
+        prepared = prepare(corpus, opened, into=into, workers=data.workers, look=look)
+        measured, undecodable = prepared.measured, prepared.undecodable
+    judged = judge(measured, corpus, data, undecodable)
+    counts = _counts(corpus, measured, judged, quick=quick)
+    return Part(corpus=corpus, measured=measured, judged=judged, sources=counts)
+
+
+def _counts(corpus: Corpus, measured: Measured, judged: Judged, *, quick: bool) -> list[SourceCounts]:
+    borders = np.concatenate([[0], np.cumsum(corpus.source_sizes)]).astype(np.int64)
+    num_bad = np.histogram([row.index for row in judged.bad], bins=borders)[0] if judged.bad else 0 * borders[1:]
+    kept = [judged.usable[start:end] for start, end in pairwise(borders)]
+    mixed = epoch_counts([int(own.sum()) for own in kept], [source.options for source in corpus.sources])
     counts = []
     for number, source in enumerate(corpus.sources):
         own = slice(int(borders[number]), int(borders[number + 1]))
-        kept = usable[own]
-        num_dropped = int(long[own].sum()) if data.too_long == "drop" else 0
+
+        def usable_sum(column: np.ndarray, own: slice = own) -> int:
+            return int(column[own][judged.usable[own]].sum(dtype=np.int64))
+
         counts.append(
             SourceCounts(
                 name=source.name,
-                repeat=source.options.repeat or 1.0,
-                rows=len(kept),
-                bad=len(kept) - int(kept.sum()) - num_dropped,
-                dropped=num_dropped,
-                images=int(measured.num_images[own][kept].sum()),
-                tokens=int(measured.num_tokens[own][kept].sum(dtype=np.int64)),
-                trained_tokens=int(measured.num_trained[own][kept].sum(dtype=np.int64)),
-                epoch_rows=exact_count(source.options.repeat or 1.0, int(kept.sum())),
+                mixing=mixing_text(source.options),
+                rows=len(source),
+                bad=int(num_bad[number]),
+                dropped=len(source) - int(kept[number].sum()) - int(num_bad[number]),
+                images=usable_sum(measured.num_images),
+                tokens=None if quick else usable_sum(measured.num_tokens),
+                trained_tokens=None if quick else usable_sum(measured.num_trained),
+                epoch_rows=mixed[number],
             )
         )
-    return Part(corpus=corpus, measured=measured, usable=usable, bad=bad, sources=counts)
+    return counts
 
 
 _VARIABLE = (
@@ -235,6 +285,10 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
     return [(limit, int(count)) for limit, count in zip(limits, counts, strict=True)]
 
 
+def histogram_dicts(lengths: np.ndarray) -> list[dict[str, int]]:
+    return [{"up_to": limit, "rows": rows} for limit, rows in histogram(lengths)]
+
+
 def longest(part: Part) -> dict[str, Any] | None:
     """Origin and tokens of the longest readable row, over-long ones included."""
     row = int(part.measured.num_tokens.argmax())
@@ -245,6 +299,7 @@ def longest(part: Part) -> dict[str, Any] | None:
 def _warnings(report: Report) -> list[str]:
     warnings = [*_odd_rows(report.train), *(_odd_rows(report.eval) if report.eval else [])]
     warnings += _common_answer(report.train)
+    warnings += _listed_twice(report.train.corpus)
     if report.eval:
         trained = {source.rows.digest: source.name for source in report.train.corpus.sources}
         for source in report.eval.corpus.sources:
@@ -254,6 +309,19 @@ def _warnings(report: Report) -> list[str]:
                     "data.sources: the eval loss will say nothing about new rows."
                 )
     return warnings
+
+
+def _listed_twice(corpus: Corpus) -> list[str]:
+    """Sources that say the same under two entries: an epoch takes their rows from each."""
+    first: dict[tuple[str, int], str] = {}
+    found = []
+    for source in corpus.sources:
+        key = (source.rows.digest, len(source))
+        if key in first:
+            other = f"the same rows as {first[key]}" if first[key] != source.name else "listed twice"
+            found.append(f"{source.name} under data.sources is {other}: an epoch takes its rows from each entry.")
+        first.setdefault(key, source.name)
+    return found
 
 
 def _odd_rows(part: Part) -> list[str]:

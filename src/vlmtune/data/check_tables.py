@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import RenderableType
 from rich.markup import escape
@@ -11,27 +12,28 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmtune.data.check import Part, Report, histogram, kinds, longest
+from vlmtune.errors import DataError
 
-_ALL = 200  # bad rows that are all shown; of more, a few of each kind
-_EXAMPLES = 3
+_EXAMPLES = 3  # bad rows that are shown of each kind
+_KINDS = 12  # kinds that are shown
 _BAR = 24  # characters of the longest bar
 
 
-def render(report: Report) -> Iterator[RenderableType]:
-    """The report, piece by piece, the verdict last."""
+def render(report: Report, listed: Path | None = None) -> Iterator[RenderableType]:
+    """The report, piece by piece, the verdict last; `listed` is the file with all bad rows."""
     yield _sources(report.train, "Training rows", mixed=True)
     if report.eval:
         yield Text()
         yield _sources(report.eval, "Eval rows", mixed=False)
     yield Text()
-    if len(report.train.lengths):
+    if not report.quick and len(report.train.lengths):
         yield _lengths(report)
         yield Text()
     if report.plan:
         yield _arithmetic(report)
         yield Text()
     yield from _notes(report)
-    yield from _bad(report)
+    yield from _bad(report, listed)
     yield _verdict(report)
 
 
@@ -43,13 +45,18 @@ def _sources(part: Part, title: str, *, mixed: bool) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     rows = part.as_rows()
     if len(rows) > 1:
-        rows.append({"name": "all", **{key: part.total(key) for key in rows[0] if key != "name"}})
+        numbers = {key: part.total(key) for key in rows[0] if key not in ("name", "mixing")}
+        rows.append({"name": "all", "mixing": "", **numbers})
     for row in rows:
         share = f"{row['trained_tokens'] / row['tokens']:.1%}" if row["tokens"] else "–"
-        counts = [f"{row[key]:,}" for key in ("rows", "bad", "dropped", "images", "tokens")]
+        keys = ("rows", "bad", "dropped", "images", "tokens")
+        counts = ["–" if row[key] is None else f"{row[key]:,}" for key in keys]
         if row["bad"]:
             counts[1] = f"[red]{counts[1]}[/]"
-        table.add_row(escape(row["name"]), *counts, share, *([f"{row['epoch_rows']:,}"] if mixed else []))
+        name = escape(row["name"])
+        if mixed and row["mixing"] not in ("", "repeat 1"):
+            name += f" [dim]({row['mixing']})[/]"
+        table.add_row(name, *counts, share, *([f"{row['epoch_rows']:,}"] if mixed else []))
     return table
 
 
@@ -79,10 +86,12 @@ def _arithmetic(report: Report) -> Text:
     text = Text()
     text.append("A step: ", "bold")
     if report.packed:
+        rows = numbers.get("global_batch_size")
+        size = f"{_counted(numbers.get('global_batch_tokens', 0), 'token')} (global_batch_tokens)"
         text.append(
-            f"{_counted(numbers['global_batch_size'], 'row')} (global_batch_size) in "
+            f"{_counted(rows, 'row') + ' (global_batch_size)' if rows else size} in "
             f"{_counted(numbers['micro_batches_per_step'], 'pack')} of at most {numbers['max_length']:,} "
-            f"tokens = {numbers['accumulation']} accumulated × {devices}; packs are {numbers['fill']:.0%} full\n"
+            f"tokens = {numbers['accumulation']} accumulated × {devices}; packs are {_percent(numbers['fill'])} full\n"
         )
     else:
         text.append(
@@ -92,6 +101,7 @@ def _arithmetic(report: Report) -> Text:
     text.append("An epoch: ", "bold")
     text.append(
         f"{_counted(numbers['rows_per_epoch'], 'row')}, {_counted(numbers['tokens_per_epoch'], 'token')}, "
+        f"{_counted(numbers['packs_per_epoch'], 'pack') + ', ' if report.packed else ''}"
         f"{_counted(numbers['steps_per_epoch'], 'step')}\n"
     )
     text.append("The run: ", "bold")
@@ -102,6 +112,11 @@ def _arithmetic(report: Report) -> Text:
 
 def _counted(number: float, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _percent(share: float) -> str:
+    """Rounded down, so that 100% is said of nothing less."""
+    return f"{int(1000 * share) / 10:g}%"
 
 
 def _notes(report: Report) -> Iterator[RenderableType]:
@@ -121,25 +136,37 @@ def _notes(report: Report) -> Iterator[RenderableType]:
         yield Text()
 
 
-def _bad(report: Report) -> Iterator[RenderableType]:
+def _bad(report: Report, listed: Path | None) -> Iterator[RenderableType]:
+    """The bad rows by kind, a few of each; `listed` has all of them."""
     groups = kinds(report.bad)
-    shown = len(report.bad) if len(report.bad) <= _ALL else _EXAMPLES
-    for _, rows in groups:
+    for _, rows in groups[:_KINDS]:
         yield Text("1 row:" if len(rows) == 1 else f"{len(rows):,} rows with the same kind of mistake:", "bold red")
-        for row in rows[:shown]:
+        for row in rows[:_EXAMPLES]:
             yield Padding(Text.assemble((row.origin, "bold"), f"  {row.reason}"), (0, 0, 0, 2))
-        if len(rows) > shown:
-            yield Padding(Text(f"… and {len(rows) - shown:,} more; --json FILE has them all", "dim"), (0, 0, 0, 2))
+        if len(rows) > _EXAMPLES:
+            yield Padding(Text(f"… and {len(rows) - _EXAMPLES:,} more", "dim"), (0, 0, 0, 2))
+    if len(groups) > _KINDS:
+        left = sum(len(rows) for _, rows in groups[_KINDS:])
+        yield Text(f"… and {left:,} rows with {len(groups) - _KINDS:,} more kinds of mistakes", "dim")
+    if listed is not None:
+        yield Text(f"All of them, one JSON object a line: {listed}", overflow="fold")
     if groups:
         yield Text()
 
 
 def _verdict(report: Report) -> Text:
+    rows = "1 bad row" if len(report.bad) == 1 else f"{len(report.bad):,} bad rows"
+    if report.refusal is not None:
+        refused = "a run would refuse to start."
+        counted = report.bad and report.refusal.where != "data.max_bad_share" and report.refusal is not report.no_plan
+        why = DataError(report.refusal.found, where=report.refusal.where or "data", expected=report.refusal.expected)
+        return Text(f"{rows}: {refused}" if counted else f"{why} So {refused}", "bold red")
     if report.bad:
-        rows = "1 bad row" if len(report.bad) == 1 else f"{len(report.bad):,} bad rows"
-        return Text(f"{rows}: a run would refuse to start.", "bold red")
-    if report.plan is None:
-        return Text("No row is left to train on: a run would refuse to start.", "bold red")
+        dropped = f"{rows} would be dropped (data.bad_rows; data.max_bad_share allows {report.max_bad_share:.2%})."
+        return Text(f"{dropped} Every other row can be trained.", "bold yellow")
+    if report.quick:
+        hint = ("  Lengths are not known: without --quick all rows are tokenised as well.", "dim")
+        return Text.assemble(("No row is bad.", "bold green"), hint)
     if report.decoded or not report.train.total("images"):
         return Text("Every row can be trained.", "bold green")
     hint = ("  Pictures were read up to their headers; --decode reads all of them.", "dim")

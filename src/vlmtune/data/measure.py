@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
 
 import numpy as np
 
-from vlmtune.config.schema import DataConfig
 from vlmtune.data.marks import MARK
-from vlmtune.data.sample import Laid, Sample
-from vlmtune.data.sources import Corpus
+from vlmtune.data.sample import Laid, MediaPlan, MediaRef, Sample
 from vlmtune.errors import DataError
 
 Kind = Literal["row", "length"]
 
 SMALL_SIDE = 8  # pixels; a picture below this is suspicious
-
-_SHORTER = "Raise it, set data.too_long: drop, or shorten the row."
-_SHORTER_WITH_PICTURES = "Raise it, set data.too_long: drop, or allow smaller pictures under model.image."
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,48 +76,21 @@ def counts(sample: Sample, laid: Laid) -> tuple[int, ...]:
     trained = laid.num_trained
     if not trained:
         raise DataError("the row has no trained token", where=sample.origin, expected="an answer with some text")
+    return (laid.num_tokens, trained, *seen(sample, laid.media))
+
+
+def seen(sample: Sample, media: Sequence[tuple[MediaRef, MediaPlan]]) -> tuple[int, ...]:
+    """The entries that need no tokens: all but the first two."""
     answers = [message.text for message in sample.messages if message.role == "assistant"]
-    visual = laid.num_visual
     return (
-        len(laid.ids) + visual,
-        trained,
-        len(laid.media),
-        visual,
+        len(media),
+        sum(plan.num_tokens for _, plan in media),
         _hash(sample.id) if sample.id is not None else 0,
         _hash("\0".join(answers)),
         sum(len(MARK.findall(answer)) for answer in answers if "<" in answer),
-        min((min(plan.size) for _, plan in laid.media), default=0),
+        min((min(plan.size) for _, plan in media), default=0),
     )
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
-
-
-def too_long(measured: Measured, corpus: Corpus, data: DataConfig) -> list[BadRow]:
-    """The rows with more than `max_length` tokens; the caller looks at `data.too_long`."""
-    return [
-        BadRow(
-            corpus.origin(int(i)),
-            f"the row has {int(measured.num_tokens[i]):,} tokens; expected at most {data.max_length:,} "
-            f"(data.max_length). {_SHORTER_WITH_PICTURES if measured.num_images[i] else _SHORTER}",
-            int(i),
-            "length",
-        )
-        for i in np.flatnonzero(measured.num_tokens > data.max_length)
-    ]
-
-
-def usable_rows(measured: Measured, corpus: Corpus, data: DataConfig) -> np.ndarray:
-    """Boolean (n,): the rows that a run trains on, over-long ones left out if the config says drop.
-
-    Raises:
-        DataError: naming the first bad row, if there is any (over-long ones included unless they are dropped).
-    """
-    bad = measured.bad + (too_long(measured, corpus, data) if data.too_long == "refuse" else [])
-    if bad:
-        first = min(bad, key=lambda row: row.index)
-        others = len(bad) - 1
-        more = f"{others:,} more {'row is' if others == 1 else 'rows are'} bad; `vlmtune check` lists all of them."
-        raise DataError(first.reason, where=first.origin, remedy=more if others else "")
-    return measured.num_tokens <= data.max_length

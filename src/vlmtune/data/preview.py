@@ -12,7 +12,7 @@ import numpy as np
 from rich.text import Text
 
 from vlmtune.config.schema import RunConfig
-from vlmtune.data.mixture import Mixture, make_mixture
+from vlmtune.data.mixture import Mixture, make_mixture, mixing_text
 from vlmtune.data.sample import IGNORED, Encoded, Sample
 from vlmtune.data.sources import Corpus
 from vlmtune.models.family import OpenedFolder
@@ -82,20 +82,20 @@ def first_rows(corpus: Corpus, config: RunConfig, count: int) -> list[int]:
 def epoch_lines(corpus: Corpus, config: RunConfig) -> Iterator[str]:
     """What an epoch holds, from the numbers of rows alone."""
     mixture = _mixture(corpus, config)
-    for name, size, repeat, count in zip(
-        corpus.names, corpus.source_sizes, _repeats(corpus), mixture.counts, strict=True
-    ):
-        yield f"{name}: {size:,} rows × {repeat:g} = {count:,} in an epoch"
-    steps = ceil(mixture.epoch_size / config.train.global_batch_size)
-    yield (
-        f"An epoch: {mixture.epoch_size:,} rows in {steps:,} step{'' if steps == 1 else 's'} of "
-        f"{config.train.global_batch_size} (`vlmtune check` reads all of them)."
-    )
+    for source, count in zip(corpus.sources, mixture.counts, strict=True):
+        yield f"{source.name}: {len(source):,} rows, {mixing_text(source.options)} = {count:,} in an epoch"
+    if config.train.global_batch_size is None:
+        steps = f"in steps of {config.train.global_batch_tokens:,} tokens"
+    else:
+        number = ceil(mixture.epoch_size / config.train.global_batch_size)
+        steps = f"in {number:,} step{'' if number == 1 else 's'} of {config.train.global_batch_size}"
+    yield f"An epoch: {mixture.epoch_size:,} rows {steps} (`vlmtune check` reads all of them)."
 
 
 def _mixture(corpus: Corpus, config: RunConfig) -> Mixture:
     every = np.ones(len(corpus), bool)
-    return make_mixture(every, corpus.source_sizes, _repeats(corpus), corpus.names, config.train.seed)
+    options = [source.options for source in corpus.sources]
+    return make_mixture(every, corpus.source_sizes, options, corpus.names, config.train.seed)
 
 
 def _pictures(encoded: Encoded) -> Iterator[tuple[int, int, int]]:
@@ -117,7 +117,3 @@ def _decode(opened: OpenedFolder, ids: np.ndarray, *, is_first: bool) -> str:
     first = str(tokenizer.convert_ids_to_tokens(int(ids[0])))
     # SentencePiece decoders take the space in front of a text for their own mark.
     return f" {text}" if not is_first and first.startswith("▁") and not text.startswith(" ") else text
-
-
-def _repeats(corpus: Corpus) -> list[float]:
-    return [source.options.repeat or 1.0 for source in corpus.sources]

@@ -106,8 +106,9 @@ def _training(config: Mapping[str, Any]) -> list[str]:
     train = config.get("train") or {}
     if train:
         length = "max_steps" if train.get("max_steps") else "epochs"
-        facts = ((length, length.removeprefix("max_")), ("global_batch_size", "rows per step"))
-        told = [f"{train[key]} {label}" for key, label in facts if key in train]
+        batches = (("global_batch_size", "rows per step"), ("global_batch_tokens", "tokens per step at most"))
+        facts = ((length, length.removeprefix("max_")), *batches)
+        told = [f"{train[key]} {label}" for key, label in facts if train.get(key) is not None]
         told += [f"learning rate {train['learning_rate']}"] if "learning_rate" in train else []
         lines.append("- Training: " + ", ".join(told))
     return lines

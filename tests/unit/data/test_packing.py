@@ -5,67 +5,16 @@ from __future__ import annotations
 import pickle
 import time
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmtune.config.schema import RunConfig
-from vlmtune.data.measure import BadRow, Measured
-from vlmtune.data.packing import TrainPlan, make_eval_plan, make_plan
+from tests.plans import all_steps, config, measured, plan_of, rows_of
+from vlmtune.data.measure import BadRow
+from vlmtune.data.packing import make_eval_plan, make_plan
 from vlmtune.errors import ConfigError, DataError
-
-
-class Rows:
-    """As much of a corpus as a plan asks for."""
-
-    def __init__(self, sizes: list[int], repeats: list[float]) -> None:
-        self.source_sizes = sizes
-        self.repeats = repeats
-        self.names = [f"s{i}" for i in range(len(sizes))]
-
-    def origin(self, i: int) -> str:
-        return f"a.jsonl:{i + 1}"
-
-
-def measured(lengths: list[int] | np.ndarray, bad: list[BadRow] | None = None) -> Measured:
-    num_tokens = np.asarray(lengths, np.int32)
-    zeros = np.zeros(len(num_tokens), np.int32)
-    return Measured(
-        num_tokens=num_tokens,
-        num_trained=zeros + 1,
-        num_images=zeros,
-        bad=bad or [],
-        id_hash=zeros,
-        answer_hash=zeros,
-        marks_in_answers=zeros,
-        smallest_side=zeros,
-    )
-
-
-def config(max_length: int = 100, too_long: str = "refuse", **train: Any) -> RunConfig:
-    data = {"sources": {"path": "a.jsonl"}, "max_length": max_length, "too_long": too_long}
-    return RunConfig.model_validate({"model": {"path": "m"}, "data": data, "train": train})
-
-
-def plan_of(
-    lengths: list[int],
-    *,
-    world: int = 1,
-    packed: bool = True,
-    repeat: float = 1.0,
-    too_long: str = "refuse",
-    **train: Any,
-) -> TrainPlan:
-    rows: Any = Rows([len(lengths)], [repeat])
-    return make_plan(measured(lengths), rows, config(too_long=too_long, **train), world=world, packed=packed)
-
-
-def all_steps(plan: TrainPlan) -> list[list[tuple[int, ...]]]:
-    n = plan.micro_batches_per_step
-    return [[plan.rows(step * n + j) for j in range(n)] for step in range(plan.num_steps)]
 
 
 def first_fit_decreasing(lengths: list[int], capacity: int) -> int:
@@ -205,7 +154,7 @@ def test_batch_sizes_that_do_not_divide() -> None:
 
 
 def test_bad_rows_stop_the_run_and_long_rows_follow_the_policy() -> None:
-    rows: Any = Rows([3], [1.0])
+    rows = rows_of((3, {}))
     bad = [BadRow("a.jsonl:3", "it is odd.", 2), BadRow("a.jsonl:1", "the answer is empty. Write it.", 0)]
     with pytest.raises(DataError, match=r"^a\.jsonl:1: the answer is empty\. Write it\. 1 more row is bad"):
         make_plan(measured([10, 10, 10], bad), rows, config(), world=1, packed=True)
@@ -213,10 +162,10 @@ def test_bad_rows_stop_the_run_and_long_rows_follow_the_policy() -> None:
         DataError, match=r"^a\.jsonl:2: the row has 101 tokens; expected at most 100 \(data\.max_length"
     ):
         plan_of([10, 101, 10])
-    plan = plan_of([10, 101, 10], too_long="drop", repeat=2.0)
+    plan = plan_of([10, 101, 10], data={"too_long": "drop"}, way={"repeat": 2.0})
     assert sorted(plan.step_rows(0).tolist()) == [0, 0, 2, 2]
     with pytest.raises(DataError, match="no row is left"):
-        plan_of([101], too_long="drop")
+        plan_of([101], data={"too_long": "drop"})
 
 
 def test_arithmetic_adds_up() -> None:
@@ -230,7 +179,7 @@ def test_arithmetic_adds_up() -> None:
 @settings(max_examples=60, deadline=None)
 @given(lengths=lengths_of_rows, world=st.integers(1, 4), packed=st.booleans(), micro=st.integers(1, 4))
 def test_evaluation_takes_each_row_once_longest_first(lengths: list[int], world: int, packed: bool, micro: int) -> None:
-    rows: Any = Rows([len(lengths)], [1.0])
+    rows = rows_of((len(lengths), {}))
     plan = make_eval_plan(measured(lengths), rows, config(micro_batch_size=micro), world=world, packed=packed)
     batches = [plan.rows(i) for i in range(plan.num_steps * plan.micro_batches_per_step)]
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
@@ -243,16 +192,36 @@ def test_evaluation_takes_each_row_once_longest_first(lengths: list[int], world:
         assert all(len(batch) <= micro for batch in batches)
 
 
-def test_evaluation_refuses_repeat() -> None:
-    rows: Any = Rows([2], [2.0])
-    with pytest.raises(ConfigError, match=r"^data\.eval: the eval source s0 has repeat 2"):
-        make_eval_plan(measured([1, 1]), rows, config(), world=1, packed=True)
+def test_evaluation_refuses_mixing() -> None:
+    for way, text in (({"repeat": 2.0}, "repeat 2"), ({"choose": 1}, "choose 1"), ({"weight": 1}, "weight 1")):
+        with pytest.raises(ConfigError, match=rf"^data\.eval: the eval source s0 has {text}; expected no `"):
+            make_eval_plan(measured([1, 1]), rows_of((2, way)), config(), world=1, packed=True)
+
+
+def test_bad_rows_are_dropped_up_to_a_share_and_counts_are_of_the_rest() -> None:
+    lengths = np.full(200, 10)
+    lengths[[3, 150]] = 0
+    bad = [BadRow("a.jsonl:151", "it is odd.", 150), BadRow("a.jsonl:4", "it is odd.", 3)]
+    rows = rows_of((100, {"repeat": 1.5}), (100, {"choose": 150}))
+
+    def planned(share: float) -> list[int]:
+        settings = config(data={"bad_rows": "drop", "max_bad_share": share}, global_batch_size=400)
+        return make_plan(measured(lengths, bad), rows, settings, world=1, packed=True).step_rows(0).tolist()
+
+    taken = planned(0.01)
+    assert sum(row < 100 for row in taken) == 149 and sum(row >= 100 for row in taken) == 150
+    assert not {3, 150} & set(taken) and set(taken) == set(range(200)) - {3, 150}
+    with pytest.raises(DataError) as caught:
+        planned(0.009)
+    assert str(caught.value).startswith(
+        "data.max_bad_share: 2 of 200 rows are bad, 1.00%; the first is a.jsonl:4; expected at most 0.90%"
+    )
 
 
 def test_a_million_rows_are_planned_in_seconds() -> None:
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(6.3, 0.8, 1_000_000), 4095).astype(np.int32) + 1
-    rows: Any = Rows([500_000, 500_000], [1.0, 1.5])
+    rows = rows_of((500_000, {}), (500_000, {"repeat": 1.5}))
     started = time.monotonic()
     plan = make_plan(measured(lengths), rows, config(max_length=4096), world=8, packed=True)
     assert time.monotonic() - started < 15
