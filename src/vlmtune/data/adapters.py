@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from vlmtune.config.schema import Read
 from vlmtune.data.formats import FORMAT_KEYS, Row, Turn, dialogue_of, kind_of, named
-from vlmtune.data.marks import MEDIA_KEYS, Locate, Media, openai_part
+from vlmtune.data.marks import MEDIA_KEYS, Locate, Media, joined, openai_part
 from vlmtune.data.sample import Message, Part, Sample
 from vlmtune.errors import ConfigError, DataError
 
@@ -109,7 +109,8 @@ def _messages(turns: Sequence[Turn], media: Media, *, in_front: bool) -> list[Me
             parts += media.split(str(turn.content), turn.role)
         if turn.role == "user":
             parts, front = [*front, *parts], []
-        messages.append(Message(turn.role, tuple(parts)))
+        messages.append(Message(turn.role, tuple(joined(parts))))
+    media.boxes_placed()
     _check_order(messages, [turn.place for turn in turns])
     media.all_placed()
     return messages

@@ -224,7 +224,7 @@ def _role(turn: object, place: str, key: str, roles: Mapping[str, Role]) -> Role
     name = entry(turn, place, key)
     role = roles.get(name) if isinstance(name, str) else None
     if role is None:
-        raise DataError(f"{place} has the unknown role {cut(repr(name), 40)}", expected=f"one of {', '.join(roles)}")
+        raise DataError(f"{place} has the unknown role {shown(name)}", expected=f"one of {', '.join(roles)}")
     return role
 
 
@@ -253,6 +253,13 @@ def kind_of(value: object) -> str:
     names = {str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}
     names |= {bytes: "bytes", MediaRef: "a picture"}
     return names.get(type(value), type(value).__name__)
+
+
+def shown(value: object) -> str:
+    """A JSON value for a message: what it is when it is long or nested."""
+    if isinstance(value, str):
+        return repr(cut(value, 40))
+    return str(value) if isinstance(value, int) and 0 <= value < 1000 and value is not True else kind_of(value)
 
 
 def cut(text: str, limit: int) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from vlmtune.data.formats import Row, cut, entry, kind_of
+from vlmtune.data.formats import Row, cut, entry, kind_of, shown
 from vlmtune.data.sample import Box, BoxUnit, Image, MediaRef, Part, Role, Text, Video
 from vlmtune.errors import DataError
 
@@ -67,7 +67,7 @@ class Media:
             parts.extend(self._behind(mark.group()))
             start = mark.end()
         parts.append(Text(text[start:]))
-        return [part for part in _joined(parts) if part != Text("")]
+        return joined(parts)
 
     def _behind(self, mark: str) -> list[Part]:
         if mark == "<bbox>":
@@ -104,14 +104,20 @@ class Media:
             raise DataError(f"{name.path} is a folder", expected="a picture file")
         return Image(name)
 
+    def boxes_placed(self) -> None:
+        """
+        Raises:
+            DataError: boxes or names without marks, marks without them, a box on a picture that is not there.
+        """
+        self._objects.all_placed(len(self._listed["image"]))
+
     def all_placed(self) -> None:
         """
         Raises:
-            DataError: media, boxes or names without marks, or marks without them.
+            DataError: media without marks, or marks without them.
         """
         for kind, listed in self._listed.items():
             self._compare(kind, len(listed))
-        self._objects.all_placed(len(self._listed["image"]))
 
     def _compare(self, kind: _Kind, listed: int) -> None:
         marks = self._marks[kind]
@@ -167,8 +173,7 @@ class _Objects:
         given = value.get("bbox_type")
         if given is not None:
             if not isinstance(given, str) or given not in _UNITS:
-                shown = repr(cut(given, 40)) if isinstance(given, str) else kind_of(given)
-                raise DataError(f"`bbox_type` is {shown}", expected=f"one of {', '.join(_UNITS)}")
+                raise DataError(f"`bbox_type` is {shown(given)}", expected=f"one of {', '.join(_UNITS)}")
             self._unit, self._most = _UNITS[given]
         if self._pictures and len(self._pictures) != len(self._boxes):
             raise DataError(
@@ -241,15 +246,16 @@ def _list_in(value: Mapping[str, object], key: str) -> list[object]:
     return found
 
 
-def _joined(parts: Sequence[Part]) -> list[Part]:
-    """Neighbouring texts as one: a name that took the place of its mark is text like what stands beside it."""
-    joined: list[Part] = []
+def joined(parts: Sequence[Part]) -> list[Part]:
+    """Neighbouring texts as one: however a row came by them, they are text like what stands beside them."""
+    found: list[Part] = []
     for part in parts:
-        if joined and isinstance(part, Text) and isinstance(joined[-1], Text):
-            joined[-1] = Text(joined[-1].text + part.text)
-        else:
-            joined.append(part)
-    return joined
+        if part == Text(""):
+            continue
+        if found and isinstance(part, Text) and isinstance(found[-1], Text):
+            part = Text(found.pop().text + part.text)  # type: ignore[union-attr]
+        found.append(part)
+    return found
 
 
 def _s(count: int) -> str:
