@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from vlmtune.config.schema import SourceConfig
 from vlmtune.data.archives import is_archive
+from vlmtune.data.tables import column_names
 from vlmtune.errors import DataError
 
 _DICT, _STATE = "dataset_dict.json", "state.json"
@@ -158,18 +159,13 @@ def _imagefolder(source: SourceConfig, metadata: str) -> SourceConfig:
     columns = {key: name for key, name in named.items() if name in names}
     if not columns:
         raise DataError("there is no `file_name`", where=metadata, expected="the picture of each row in `file_name`")
-    root = os.path.dirname(path) if source.root is None else source.root
-    return source.model_copy(
-        update={"path": path, "root": root, "columns": {**columns, **source.columns}, "split": None}
-    )
+    return source.model_copy(update={"path": path, "columns": {**columns, **source.columns}, "split": None})
 
 
 def _names_in(path: str) -> list[str]:
     """The names of a metadata file's columns."""
     try:
         if path.endswith(".parquet"):
-            from vlmtune.data.tables import column_names
-
             return column_names(path)
         with open(path, encoding="utf-8-sig", newline="") as stream:
             if path.endswith(".csv"):

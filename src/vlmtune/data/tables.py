@@ -153,6 +153,7 @@ def _opened(path: str) -> Any:
 def _open(file: str) -> Any:
     """The table as `datasets.Dataset` whose rows are Arrow, so that no cell is decoded."""
     import datasets
+    import pyarrow.parquet
 
     datasets.disable_progress_bars()
     try:
@@ -160,6 +161,8 @@ def _open(file: str) -> Any:
             table = datasets.Dataset.load_from_disk(file)
         elif file.lower().endswith(".csv"):
             table = datasets.Dataset.from_csv(file)
+        elif pyarrow.parquet.read_metadata(file).num_rows == 0:  # `datasets` has no name for such a file
+            return ()
         else:
             table = datasets.Dataset.from_parquet(file)
         return table.with_format("arrow")

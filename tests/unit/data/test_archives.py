@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import pickle
 import tarfile
 from pathlib import Path
@@ -12,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tars import cut, picture_bytes, special, write_tar
-from vlmtune.config.schema import MediaOptions
+from vlmtune.config.schema import MediaOptions, SourceConfig
 from vlmtune.data import media
 from vlmtune.data.archives import Archive, Members, TarRoot, archives_of, is_archive
 from vlmtune.data.patterns import files_of
 from vlmtune.data.sample import MediaRef
+from vlmtune.data.sources import Corpus, open_corpus
 from vlmtune.data.tar_index import plain_name
 from vlmtune.errors import DataError
 
@@ -76,7 +79,7 @@ def test_parts_cut_at_every_byte_give_the_same_members(tmp_path: Path, name: str
     whole = write_tar(path, contents.items(), tarfile.GNU_FORMAT).read_bytes()
     end = whole.rindex(b"empty") + 512  # behind it there are only zeros
     start = whole.index(contents[name])
-    for place in {*range(start - 5, start + 205), *range(1, end, 23)}:
+    for place in {*range(start - 5, start + 205), *range(1, end, 97)}:
         path.write_bytes(whole)
         cut(path, [place], ["x.tar.aa", "x.tar.ab"])
         root = root_of(tmp_path / "x.tar.*")
@@ -178,7 +181,7 @@ def test_damage_is_told_with_its_place(tmp_path: Path) -> None:
     assert "holds no files" in reason(root_of, path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(damage=st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), min_size=1, max_size=8))
 def test_any_damage_is_a_data_error_or_harmless(
     tmp_path_factory: pytest.TempPathFactory, damage: list[tuple[int, int]]
@@ -318,3 +321,48 @@ def test_patterns(tmp_path: Path) -> None:
     assert "no order" in reason(names_of, "s-{3..1}.tar")
     (tmp_path / "odd[1].tar").touch()
     assert names_of("odd[1].tar") == ["odd[1].tar"]
+
+
+def lines(path: Path, *pictures: str) -> Path:
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    path.write_text("".join(json.dumps({"image": name, "conversations": turns}) + "\n" for name in pictures))
+    return path
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("remember", [True, False])
+def test_a_jsonl_that_names_members_of_a_split_tar(tmp_path: Path, start: str, remember: bool) -> None:
+    contents = {f"images/{i}.png": picture_bytes(i) for i in range(6)}
+    size = write_tar(tmp_path / "x.tar", contents.items()).stat().st_size
+    cut(tmp_path / "x.tar", [size // 3, size // 2], ["part_aa", "part_ab", "part_ac"])
+    source = SourceConfig(
+        path=str(lines(tmp_path / "rows.jsonl", *(f"/old/home/{i}.png" for i in range(6)), "../x", "gone.png")),
+        root=str(tmp_path / "part_*"),
+        replace_prefix={"/old/home/": "images/"},
+    )
+    corpus = open_corpus([source], memory=tmp_path / "memory" if remember else None)
+    with multiprocessing.get_context(start).Pool(1) as pool:
+        found = pool.map(_picture_of, [(corpus, i) for i in range(6)])
+    assert found == [_picture_of((corpus, i)) for i in range(6)] == list(contents.values())
+    with pytest.raises(DataError, match=r"^rows\.jsonl:7: the path \.\./x holds `\.\.`"):
+        corpus.sample(6)
+    with pytest.raises(DataError, match=r"^rows\.jsonl:8: there is no member gone\.png in part_aa \(6 members"):
+        corpus.sample(7)
+
+
+def _picture_of(what: tuple[Corpus, int]) -> bytes:
+    return media.read_bytes(what[0].sample(what[1]).images[0].ref)
+
+
+def test_roots_that_are_neither_folders_nor_tars(tmp_path: Path) -> None:
+    path = str(lines(tmp_path / "rows.jsonl", "1.png"))
+    write_tar(tmp_path / "x.tar", [("1.png", b"1")])
+    for root, said in [
+        ((str(tmp_path), str(tmp_path / "x.tar")), "x.tar is not a folder; expected folders, or tar files"),
+        (str(tmp_path / "none.tar"), "none.tar: the archive .*none.tar cannot be read .No such file"),
+        (str(tmp_path / "none-*.tar"), "no file matches"),
+        (str(tmp_path / "rows.jsonl"), "is not a folder"),
+        (str(tmp_path / "x.tar.gz"), "is compressed"),
+    ]:
+        with pytest.raises(DataError, match=said):
+            open_corpus([SourceConfig(path=path, root=root)])

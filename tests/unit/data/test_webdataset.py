@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tars import cut, picture_bytes, special, write_tar
+from vlmtune.config.schema import SourceConfig
 from vlmtune.data import media
 from vlmtune.data.archives import Members, archives_of
 from vlmtune.data.sample import MediaRef
+from vlmtune.data.sources import open_corpus
 from vlmtune.data.webdataset import WebDatasetRows, key_and_ending
 from vlmtune.errors import DataError
 
@@ -214,3 +216,25 @@ def test_rows_travel_to_other_processes(tmp_path: Path) -> None:
         again = pickle.loads(pickle.dumps(rows))
         assert [again.read(i, "") for i in range(50)] == [rows.read(i, "") for i in range(50)]
         assert (again.digest, again.files, again.place(7)) == (rows.digest, rows.files, rows.place(7))
+
+
+def test_shards_as_a_source(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_tar(
+            tmp_path / f"s-{shard:03}.tar",
+            [
+                (f"{shard}0.png", picture_bytes(shard)),
+                (f"{shard}0.json", json.dumps(ROW)),
+                (f"{shard}1.png", picture_bytes(9)),
+                (f"{shard}1.txt", "A cat."),
+            ],
+        )
+    source = SourceConfig(path=str(tmp_path / "s-{000..001}.tar"), prompt="Describe it.")
+    corpus = open_corpus([source], memory=tmp_path / "memory")
+    places = ["s-000.tar:00.json", "s-000.tar:01.txt", "s-001.tar:10.json", "s-001.tar:11.txt"]
+    assert [corpus.origin(i) for i in range(len(corpus))] == places
+    assert [corpus.find(place) for place in places] == [0, 1, 2, 3]
+    assert media.read_bytes(corpus.sample(2).images[0].ref) == picture_bytes(1)
+    caption = corpus.sample(3)
+    assert (caption.messages[0].text.strip(), caption.messages[1].text) == ("Describe it.", "A cat.")
+    assert media.read_bytes(caption.images[0].ref) == picture_bytes(9)
