@@ -13,11 +13,12 @@ from vlmtune.errors import UsageError
 if TYPE_CHECKING:
     from vlmtune.infer.repl import Conversation
 
-HELP = "ask a model about pictures: an interactive conversation, or one answer with --ask"
+HELP = "ask a model about pictures and videos: an interactive conversation, or one answer with --ask"
 EXAMPLES = """
 vlmtune chat runs/ui --image screen.png
 vlmtune chat exported/ui --image a.png --image b.png --ask "Which one is larger?"
 vlmtune chat exported/ui --image a.png --ask "What is this?" --json
+vlmtune chat exported/ui --video clip.mp4 --ask "What happens?"
 """
 
 
@@ -25,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder, an adapter, or a run folder")
     parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a picture for the first turn; may be repeated"
+    )
+    parser.add_argument(
+        "--video",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a video, or a folder of its frames, for the first turn, behind the pictures; may be repeated",
     )
     parser.add_argument("--ask", metavar="TEXT", help="answer once and exit")
     parser.add_argument("--json", action="store_true", help="with --ask: the answer as one JSON object")
@@ -42,18 +50,19 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"is {args.max_new_tokens}", where="--max-new-tokens", expected="1 or more")
     environment.allow_network(args.model)
     from vlmtune.infer.locate import locate
-    from vlmtune.infer.repl import Conversation, converse, counted_pictures, open_picture
+    from vlmtune.infer.repl import Conversation, converse, counted, open_picture, open_video
     from vlmtune.infer.session import load_located
 
     located = locate(args.model, base=args.base, checkpoint=args.checkpoint)
     # A wrong picture is told before the model is loaded, which takes longer.
     pictures = [open_picture(path, located.media) for path in args.image]
+    videos = [open_video(path, located.media) for path in args.video]
     session = load_located(located, device=args.device, dtype=args.dtype)
-    conversation = Conversation(session, args.max_new_tokens, pending=pictures)
+    conversation = Conversation(session, args.max_new_tokens, pending=[*pictures, *videos])
     if args.ask is not None:
         return _answer_once(conversation, args)
-    if args.image:
-        _write(f"{counted_pictures(len(pictures))} in your first turn\n")
+    if conversation.pending:
+        _write(f"{counted(conversation.pending)} in your first turn\n")
     converse(conversation, _read, _write, _complain)
     return 0
 
@@ -62,7 +71,13 @@ def _answer_once(conversation: Conversation, args: argparse.Namespace) -> int:
     pieces = conversation.ask(args.ask)
     if args.json:
         answer = "".join(pieces)
-        record = {"model": args.model, "images": args.image, "question": args.ask, "answer": answer}
+        record = {
+            "model": args.model,
+            "images": args.image,
+            "videos": args.video,
+            "question": args.ask,
+            "answer": answer,
+        }
         print(json.dumps(record, ensure_ascii=False))
         return 0
     for piece in pieces:

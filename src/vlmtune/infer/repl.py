@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmtune.config.schema import MediaOptions
-from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text
+from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text, Video
 from vlmtune.errors import DataError, VlmtuneError
 
 if TYPE_CHECKING:
     from vlmtune.infer.session import Session
 
-HELP = "/image PATH  add a picture to your next turn   /reset  start over   /quit  leave   /help  these commands"
+HELP = (
+    "/image PATH  add a picture to your next turn   /video PATH  add a video   /reset  start over   /quit  leave   "
+    "/help  these commands"
+)
 
 
 @dataclass(slots=True)
 class Conversation:
-    """The turns so far and the pictures that wait for the next one."""
+    """The turns so far and the pictures and videos that wait for the next one."""
 
     session: Session
     max_new_tokens: int = 256
     messages: list[Message] = field(default_factory=list)
-    pending: list[Image] = field(default_factory=list)
+    pending: list[Image | Video] = field(default_factory=list)
 
     def add_image(self, path: str | Path) -> None:
         """Put a picture into the next turn.
@@ -35,6 +38,14 @@ class Conversation:
             DataError: no such file, or not a picture that can be decoded; the conversation is as it was.
         """
         self.pending.append(open_picture(path, self.session.located.media))
+
+    def add_video(self, path: str | Path) -> None:
+        """Put a video file, or a folder of frames, into the next turn.
+
+        Raises:
+            DataError: no such file, or not a video; the conversation is as it was.
+        """
+        self.pending.append(open_video(path, self.session.located.media))
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """The answer in pieces. The turn counts once the answer is complete; an interrupted one leaves no trace but
@@ -66,13 +77,32 @@ def open_picture(path: str | Path, options: MediaOptions) -> Image:
     """
     from vlmtune.data import media
 
+    return Image(_tried(path, lambda ref: media.open_image(ref, options)))
+
+
+def open_video(path: str | Path, options: MediaOptions) -> Video:
+    """A video file, or a folder of frames, as a part of a message; the frames to be shown are decoded once.
+
+    Raises:
+        DataError: with the path as `where`.
+    """
+    from vlmtune.data import video
+
+    def decode(ref: MediaRef) -> None:
+        for _ in video.open_pictures(video.film(ref, options).frames, options):
+            pass
+
+    return Video(_tried(path, decode))
+
+
+def _tried(path: str | Path, decode: Callable[[MediaRef], object]) -> MediaRef:
     ref = MediaRef(path=str(Path(path).expanduser().absolute()))
     try:
-        media.open_image(ref, options)
+        decode(ref)
     except DataError as error:
         # The remedies of `media` speak of rows; here there is none.
         raise DataError(error.found, where=error.where or str(path), expected=error.expected) from None
-    return Image(ref)
+    return ref
 
 
 def converse(
@@ -117,11 +147,11 @@ def _answer(text: str, conversation: Conversation, write: Callable[[str], None])
 
 def _command(line: str, conversation: Conversation, write: Callable[[str], None]) -> None:
     name, _, rest = line.partition(" ")
-    if name == "/image":
+    if name in ("/image", "/video"):
         for path in _paths(rest):
-            conversation.add_image(path)
-        pictures = counted_pictures(len(conversation.pending))
-        write(f"{pictures} in your next turn\n" if rest.strip() else "usage: /image PATH\n")
+            (conversation.add_image if name == "/image" else conversation.add_video)(path)
+        waiting = counted(conversation.pending)
+        write(f"{waiting} in your next turn\n" if rest.strip() else f"usage: {name} PATH\n")
     elif name == "/reset":
         conversation.reset()
         write("a new conversation\n")
@@ -131,8 +161,12 @@ def _command(line: str, conversation: Conversation, write: Callable[[str], None]
         write(f"there is no command {name}. {HELP}\n")
 
 
-def counted_pictures(number: int) -> str:
-    return "1 picture" if number == 1 else f"{number} pictures"
+def counted(pending: Sequence[Image | Video]) -> str:
+    """`2 pictures`, `1 picture and 1 video`."""
+    videos = sum(isinstance(part, Video) for part in pending)
+    numbers = {"picture": len(pending) - videos, "video": videos}
+    found = [f"{number} {what}{'' if number == 1 else 's'}" for what, number in numbers.items() if number]
+    return " and ".join(found)
 
 
 def _paths(text: str) -> list[str]:

@@ -53,6 +53,26 @@ def test_all_orientations_as_pillow_turns_them(tmp_path: Path, orientation: int,
     assert corner == {1: 0, 2: 1, 3: -1, 4: 2, 5: 0, 6: 2, 7: -1, 8: 1}[orientation]
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tiff"])
+def test_orientations_that_are_ignored_are_as_plain_pillow_loads_them(
+    tmp_path: Path, orientation: int, ending: str
+) -> None:
+    """As loaders that only `convert("RGB")` see them; a TIFF is turned by Pillow itself, in either setting."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{ending}"
+    photo().save(path, exif=exif, **({"lossless": True} if ending == "webp" else {}))
+    ref, ignoring = MediaRef(path=str(path)), MediaOptions(exif="ignore")
+    picture = media.open_image(ref, ignoring)
+    expected = PIL.Image.open(path).convert("RGB")
+    assert media.size(ref, ignoring) == picture.size == expected.size
+    assert np.array_equal(np.asarray(picture), np.asarray(expected))
+    if ending != "tiff":
+        assert picture.size == (24, 16)
+        assert media.size(ref, MediaOptions(exif="apply")) == ((16, 24) if orientation >= 5 else (24, 16))
+
+
 @pytest.mark.parametrize("compression", [None, "tiff_lzw", "jpeg"])
 def test_orientation_of_compressed_tiff(tmp_path: Path, compression: str | None) -> None:
     exif = PIL.Image.Exif()

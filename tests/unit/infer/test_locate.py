@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmtune.config.schema import ImageOptions, MediaOptions
+from vlmtune.config.schema import ImageOptions, MediaOptions, VideoOptions
 from vlmtune.errors import UsageError, WeightsError
 from vlmtune.infer.locate import checkpoints, locate
 
@@ -104,10 +104,16 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 def test_pictures_are_cut_as_in_training(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
-    config = {"model": {"path": "x", "image": {"max_tiles": 3}}, "data": {"max_image_pixels": 1000}}
+    model = {"path": "x", "image": {"max_tiles": 3}, "video": {"fps": 2.0, "num_frames": None}, "boxes": "pixels"}
+    config = {"model": model, "data": {"max_image_pixels": 1000, "exif": "ignore"}}
     (folder / "provenance.json").write_text(json.dumps({"config": config}))
-    found = locate(folder)
-    assert found.media == MediaOptions(image=ImageOptions(max_tiles=3), max_image_pixels=1000)
+    assert locate(folder).media == MediaOptions(
+        image=ImageOptions(max_tiles=3),
+        video=VideoOptions(fps=2.0),
+        boxes="pixels",
+        max_image_pixels=1000,
+        exif="ignore",
+    )
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:

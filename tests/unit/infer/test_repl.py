@@ -9,9 +9,10 @@ from typing import Any
 
 import PIL.Image
 import pytest
+from videos import write_video
 
 from vlmtune.config.schema import MediaOptions
-from vlmtune.data.sample import Sample
+from vlmtune.data.sample import Image, Sample, Text, Video
 from vlmtune.infer.repl import Conversation, converse
 
 
@@ -93,3 +94,17 @@ def test_an_interrupted_answer_is_no_part_of_the_conversation(picture: Path) -> 
 def test_several_quoted_paths(picture: Path) -> None:
     parrot, _, complaints = talk(f"/image '{picture}' '{picture}'", "hello")
     assert not complaints and len(parrot.asked[0].images) == 2
+
+
+def test_videos_wait_beside_pictures(picture: Path, tmp_path: Path) -> None:
+    film = write_video(tmp_path / "a film.mp4", codec="libx264", num_frames=10)
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    PIL.Image.new("RGB", (8, 8)).save(frames / "1.png")
+    parrot, written, complaints = talk(
+        f"/video {film}", f"/image {picture}", f"/video {frames}", "/video", f"/video {picture}", "what happens?"
+    )
+    assert [type(part) for part in parrot.asked[0].messages[0].parts] == [Video, Image, Video, Text]
+    assert "1 video in your next turn" in written and "1 picture and 2 videos in your next turn" in written
+    assert "usage: /video PATH" in written
+    assert len(complaints) == 1 and "a cat.png is not a video" in complaints[0]

@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
+from videos import write_video
 
-from vlmtune.config.schema import SourceConfig
-from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text
+from vlmtune.config.schema import MediaOptions, SourceConfig, VideoOptions
+from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text, Video
 from vlmtune.data.sources import open_corpus
 from vlmtune.errors import DataError, UsageError, WeightsError
-from vlmtune.infer.session import Session, choose_device, load
+from vlmtune.infer.locate import Located
+from vlmtune.infer.session import Session, choose_device, load, load_located
 from vlmtune.infer.streaming import Pieces, stream_pieces
 
 KINDS = ("internvl", "llava", "qwen2_5_vl", "qwen3_vl", "smolvlm")
@@ -170,3 +173,21 @@ def test_a_device_that_is_not_there() -> None:
         choose_device("gpu")
     with pytest.raises(UsageError, match="this machine has"):
         choose_device("cuda:63")
+
+
+@pytest.mark.parametrize(("exif", "size"), [(None, (16, 24)), ("apply", (16, 24)), ("ignore", (24, 16))])
+def test_media_are_read_as_in_training(
+    tiny_folder: Callable[[str], Path], tmp_path: Path, exif: str | None, size: tuple[int, int]
+) -> None:
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    PIL.Image.new("RGB", (24, 16)).save(tmp_path / "a.jpg", exif=turned)
+    film = write_video(tmp_path / "a.mp4", codec="libx264", num_frames=10)
+    options = MediaOptions(exif=exif, video=VideoOptions(num_frames=3))
+    session = load_located(Located(path=tiny_folder("qwen2_5_vl"), media=options), device="cpu")
+    parts = (Image(MediaRef(path=str(tmp_path / "a.jpg"))), Video(MediaRef(path=str(film))), Text("What?"))
+    sample = Sample(messages=(Message("user", parts),), origin="a")
+    encoded = session.encode(sample)
+    assert [plan.size for _, plan in encoded.media] == [size, *[(128, 96)] * 3]
+    assert [ref.frame for ref, _ in encoded.media] == [None, 0, 4, 9]
+    assert session.generate([sample], 2)

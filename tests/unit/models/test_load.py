@@ -156,3 +156,11 @@ def test_an_unknown_image_processor_is_asked_with_a_blank_picture(
     assert [plan.num_tiles for plan in asked] == [plan.num_tiles for plan in known]
     picture = PIL.Image.fromarray(np.zeros((40, 100, 3), dtype=np.uint8))
     assert opened.family.pixels(picture, asked[0], opened.spec)["pixel_values"].shape[0] == asked[0].num_tiles
+
+
+def test_boxes_are_written_in_the_unit_that_is_asked_for(tiny_folder: Callable[[str], Path]) -> None:
+    assert open_folder(tiny_folder("internvl")).boxes.unit == "thousand"
+    asked = open_folder(tiny_folder("internvl"), MediaOptions(boxes="pixels")).boxes
+    assert asked.unit == "pixels" and asked.template.startswith("<box>")
+    with pytest.raises(ConfigError, match=r"^model\.boxes: is pixels, but this model sees only a part"):
+        open_folder(tiny_folder("llava"), MediaOptions(boxes="pixels"))
