@@ -42,18 +42,18 @@ def test_reads_at_any_place_equal_the_joined_bytes(
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_a_picture_cut_at_every_byte_is_the_same_picture(tmp_path: Path, kind: str) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, kind)
     content = buffer.getvalue()
     (tmp_path / "whole").write_bytes(content)
     expected = np.asarray(media.open_image(MediaRef(path=str(tmp_path / "whole")), OPTIONS))
     first, second = tmp_path / "aa", tmp_path / "ab"
-    for cut in range(1, len(content)):
+    for cut in range(1, len(content), 1 if kind == "PNG" else 9):
         first.write_bytes(b"head" + content[:cut])
         second.write_bytes(content[cut:] + b"tail")
         ref = MediaRef(path=str(first), offset=4, length=cut, more=((str(second), 0, len(content) - cut),))
-        assert media.size(ref, OPTIONS) == (7, 9)
+        assert media.size(ref, OPTIONS) == (4, 3)
         assert np.array_equal(np.asarray(media.open_image(ref, OPTIONS)), expected)
         assert media.read_bytes(ref) == content
 
