@@ -139,3 +139,38 @@ def test_windows_paths_ask_for_a_prefix(root: MediaRoot) -> None:
     text = reason(root, "C:\\data\\imgs\\1.jpg")
     assert "is one of a Windows machine" in text and "`replace_prefix: {'C:\\data\\imgs\\': images/}`" in text
     assert "written with / and not with \\." in reason(root, "imgs\\1.jpg")
+
+
+def test_strange_names_are_refused_and_never_a_traceback(root: MediaRoot) -> None:
+    names = [
+        "\ud800.png",
+        "x" * 5000,
+        "a/" * 3000,
+        "\0",
+        "",
+        " ",
+        ".",
+        "/",
+        "//",
+        "~",
+        "a.png/",
+        "C:\\",
+        "file:",
+        "file://x",
+    ]
+    names += [
+        "file:///%00",
+        "file:///%zz",
+        "data:",
+        "data:,",
+        "data:;base64,é",
+        "data:image/png;base64,=",
+        "http://",
+        "..\\x",
+    ]
+    for name in names:
+        for place in (root, RenamedRoot(root, {"/": root.base, "C:\\": "", "x": "sub"})):
+            try:
+                assert place.locate(name).path.endswith("/"), name
+            except DataError as error:
+                assert "\n" not in str(error) and len(str(error)) < 1500, name
