@@ -16,9 +16,9 @@ from vlmtune.data.sample import Message, Part, Sample
 from vlmtune.errors import ConfigError, DataError
 
 # Media and signals that other trainings use; a row that needs them would teach something else without them.
-_UNSUPPORTED_KEYS = (
-    *("embedding", "embeddings", "audio", "audios", "tools", "chosen", "rejected", "kto_tag"),
-    *("rejected_response", "rejected_messages", "rejected_images"),
+_UNSUPPORTED_KEYS = frozenset(
+    "embedding embeddings audio audios tools chosen rejected kto_tag rejected_response rejected_messages "
+    "rejected_images".split()
 )
 KNOWN_KEYS = frozenset({"id", "system", *FORMAT_KEYS, *MEDIA_KEYS, *_UNSUPPORTED_KEYS})
 _PLAIN = Read()
@@ -86,7 +86,7 @@ def _with_known_names(row: Row, columns: Mapping[str, str]) -> dict[str, object]
 
 
 def _refuse_unsupported(row: Row) -> None:
-    for key in _UNSUPPORTED_KEYS:
+    for key in sorted(_UNSUPPORTED_KEYS & row.keys()):
         if row.get(key) not in (None, "", []):
             raise DataError(
                 f"the row has `{key}`, which is not supported yet",

@@ -55,7 +55,7 @@ class Media:
         return parts
 
     def split(self, text: str, role: Role) -> list[Part]:
-        """The parts of a string."""
+        """The parts of a string; not joined yet."""
         if "<" not in text or role == "system":
             return [Text(text)] if text else []
         if role == "assistant":
@@ -67,7 +67,7 @@ class Media:
             parts.extend(self._behind(mark.group()))
             start = mark.end()
         parts.append(Text(text[start:]))
-        return joined(parts)
+        return parts
 
     def _behind(self, mark: str) -> list[Part]:
         if mark == "<bbox>":
@@ -250,10 +250,13 @@ def joined(parts: Sequence[Part]) -> list[Part]:
     """Neighbouring texts as one: however a row came by them, they are text like what stands beside them."""
     found: list[Part] = []
     for part in parts:
-        if part == Text(""):
-            continue
-        if found and isinstance(part, Text) and isinstance(found[-1], Text):
-            part = Text(found.pop().text + part.text)  # type: ignore[union-attr]
+        if isinstance(part, Text):
+            if not part.text:
+                continue
+            before = found[-1] if found else None
+            if isinstance(before, Text):
+                found[-1] = Text(before.text + part.text)
+                continue
         found.append(part)
     return found
 
