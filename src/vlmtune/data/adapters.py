@@ -17,8 +17,8 @@ from vlmtune.errors import ConfigError, DataError
 
 # Media and signals that other trainings use; a row that needs them would teach something else without them.
 _UNSUPPORTED_KEYS = frozenset(
-    "embedding embeddings audio audios tools chosen rejected kto_tag rejected_response rejected_messages "
-    "rejected_images".split()
+    {"embedding", "embeddings", "audio", "audios", "tools", "chosen", "rejected", "kto_tag"}
+    | {"rejected_response", "rejected_messages", "rejected_images"}
 )
 KNOWN_KEYS = frozenset({"id", "system", *FORMAT_KEYS, *MEDIA_KEYS, *_UNSUPPORTED_KEYS})
 _PLAIN = Read()
