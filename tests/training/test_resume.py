@@ -59,6 +59,24 @@ def test_killed_run_goes_on_as_if_nothing_had_been(
     assert f"Going on from checkpoint-{(step - 1) // 2 * 2}." in again.stdout
 
 
+def test_steps_counted_in_tokens_go_on_as_if_nothing_had_been(tmp_path: Path, model: Path, rows: Path) -> None:
+    """Two packs a step, a repeat that takes other rows in every epoch, killed in the second one."""
+    train_section = {"global_batch_size": None, "global_batch_tokens": 512, "epochs": 3, "save_every": 1}
+    sections = {"train": train_section, "data": {"sources": {"path": str(rows), "repeat": 1.5}}}
+    whole, broken = (write_yaml(tmp_path / name, model, rows, sections) for name in ("whole", "broken"))
+    first = start(whole)
+    assert first.returncode == 0, first.stderr
+    assert "global batch tokens              512" in first.stdout
+    steps = len(losses(tmp_path / "whole" / "run"))
+    assert steps >= 6
+    assert start(broken, steps // 2 + 1, int(signal.SIGKILL)).returncode == -signal.SIGKILL
+    again = start(broken)
+    assert again.returncode == 0, again.stderr
+    assert f"Going on from checkpoint-{steps // 2}." in again.stdout
+    assert losses(tmp_path / "whole" / "run") == losses(tmp_path / "broken" / "run")
+    assert again.read == list(range(steps // 2 * 2, steps * 2))
+
+
 def test_resume_reads_only_what_is_left(tmp_path: Path, model: Path, rows: Path) -> None:
     yaml = write_yaml(tmp_path, model, rows, {"train": {"epochs": 3, "save_every": 5}, "data": {"packing": False}})
     assert start(yaml, 7, int(signal.SIGKILL)).returncode == -signal.SIGKILL
@@ -83,7 +101,7 @@ def test_signal_before_the_first_step_ends_at_once(
     tmp_path: Path, model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading a large corpus takes long, and nothing is there to be saved."""
-    monkeypatch.setattr(run, "measure", lambda *args, **options: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(run, "prepare", lambda *args, **options: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         train(load_config(write_yaml(tmp_path, model, rows)))
 

@@ -236,3 +236,22 @@ def test_strategies_of_several_processes_are_refused_for_one(
 ) -> None:
     with pytest.raises(ConfigError, match="NPROC_PER_NODE"):
         train(make_config(tmp_path, model, rows, train={"strategy": strategy}))
+
+
+def test_bad_rows_are_left_out_where_the_config_says_so(tmp_path: Path, model: Path, rows: Path) -> None:
+    lines = rows.read_text().splitlines()
+    mixed = rows.with_name("mixed.jsonl")
+    mixed.write_text("\n".join([*lines[:2], '{"broken": ', *lines[2:]]))
+    refused = make_config(tmp_path, model, mixed)
+    with pytest.raises(DataError, match=r"^mixed\.jsonl:3: broken JSON"):
+        train(refused)
+    said: list[str] = []
+    dropping = {"bad_rows": "drop", "max_bad_share": 0.2}
+    result = train(make_config(tmp_path, model, mixed, data=dropping), say=said.append)
+    listed = result.run_dir / "bad_rows.jsonl"
+    assert f"1 bad row is left out (data.bad_rows: drop), listed in {listed}." in said
+    (entry,) = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert (entry["origin"], entry["kind"], entry["in"]) == ("mixed.jsonl:3", "row", "data.sources")
+    assert "The row breaks off: complete it" in entry["reason"]
+    plain = train(make_config(tmp_path / "plain", model, rows))
+    assert len(losses(result.run_dir)) == len(losses(plain.run_dir)) and not (plain.run_dir / "bad_rows.jsonl").exists()

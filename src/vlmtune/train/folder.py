@@ -20,13 +20,14 @@ LOCK_FILE = ".lock"
 IDENTITY_FILE = "identity.json"
 FINISHED_FILE = "finished.json"
 
-# Keys that may change between two starts of one run: how it is launched, logged and saved, not what it learns.
+# Keys that may change between two starts of one run: how it is launched, logged and saved, not what it learns. (Which
+# rows are left out as bad is part of the plan, whose digest is compared as well.)
 _FREE = {
     "train": {
         "output_dir", "micro_batch_size", "activation_checkpointing", "strategy", "deterministic", "log_every",
         "eval_every", "save_every", "keep_checkpoints", "early_stopping", "first_step_proof",
     },
-    "data": {"workers", "prepared"},
+    "data": {"workers", "prepared", "bad_rows", "max_bad_share"},
 }  # fmt: skip
 
 

@@ -13,11 +13,14 @@ from transformers import set_seed
 
 from vlmtune.config.load import dump_config
 from vlmtune.config.schema import AnySource, RunConfig
+from vlmtune.data.bad_rows import write_bad_rows
 from vlmtune.data.loader import MicroBatches
-from vlmtune.data.packing import Plan, TrainPlan, make_eval_plan, make_plan
+from vlmtune.data.measure import BadRow
+from vlmtune.data.packing import Plan, make_eval_plan, make_plan
 from vlmtune.data.prepare import Prepared, PreparedRows, open_prepared, prepare, prepared_folder
 from vlmtune.data.sharing import resolve_packing
 from vlmtune.data.sources import open_corpus
+from vlmtune.data.train_plan import TrainPlan
 from vlmtune.errors import Interrupted, TrainingError
 from vlmtune.files import write_atomic
 from vlmtune.infer.locate import RUN_FILE
@@ -130,14 +133,17 @@ def _alone(run_dir: Path, processes: Processes) -> Iterator[None]:
 def _lay_out(
     config: RunConfig, opened: OpenedFolder, processes: Processes, strategy: arguments.Strategy, tell: Say
 ) -> _Data:
-    """Reads all rows, refuses bad ones, plans the run and prints its arithmetic."""
+    """Reads all rows, refuses or drops bad ones, plans the run and prints its arithmetic."""
     packed, why_not_packed = resolve_packing(config, opened)
     if why_not_packed:
         tell(f"This model cannot pack: {why_not_packed}. Rows are padded instead.")
 
-    def planned(sources: tuple[AnySource, ...], make: Callable[..., Any]) -> tuple[PreparedRows, Any]:
+    dropped: list[tuple[str, BadRow]] = []
+
+    def planned(part: str, sources: tuple[AnySource, ...], make: Callable[..., Any]) -> tuple[PreparedRows, Any]:
         prepared = _prepared(sources, config, opened, processes, tell)
         plan = make(prepared.measured, prepared.rows.corpus, config, world=processes.world, packed=packed)
+        dropped.extend((part, row) for row in prepared.measured.bad)  # the plan refuses them, or leaves them out
         return prepared.rows, plan
 
     def batches(rows: PreparedRows, plan: Plan, *, augment: bool) -> MicroBatches:
@@ -145,9 +151,13 @@ def _lay_out(
         seed = config.train.seed
         return MicroBatches(rows, opened, plan, stand_in=stand_in, packed=packed, augment=augment, seed=seed)
 
-    rows, plan = planned(config.data.sources, make_plan)
+    rows, plan = planned("data.sources", config.data.sources, make_plan)
     tell(arithmetic_text(plan.arithmetic()))
-    eval_batches = batches(*planned(config.data.eval, make_eval_plan), augment=False) if config.data.eval else None
+    eval_batches = None
+    if config.data.eval:
+        eval_batches = batches(*planned("data.eval", config.data.eval, make_eval_plan), augment=False)
+    if processes.is_first:
+        _list_dropped(config, dropped, tell)
     return _Data(train=batches(rows, plan, augment=True), plan=plan, eval=eval_batches)
 
 
@@ -170,6 +180,14 @@ def _prepared(
         said.append(f"{prepared.num_made:,} rows prepared now{beforehand}")
     tell(f"{'; '.join(said)}, in {into}.")
     return prepared
+
+
+def _list_dropped(config: RunConfig, dropped: list[tuple[str, BadRow]], tell: Say) -> None:
+    assert config.train.output_dir is not None  # `train` sees to it
+    file = write_bad_rows(Path(config.train.output_dir), dropped)
+    if file is not None:
+        rows = "1 bad row is" if len(dropped) == 1 else f"{len(dropped):,} bad rows are"
+        tell(f"{rows} left out (data.bad_rows: drop), listed in {file}.")
 
 
 def arithmetic_text(numbers: dict[str, int | float]) -> str:
