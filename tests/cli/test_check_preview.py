@@ -102,7 +102,7 @@ def test_preview_shows_rows_in_training_order_or_one(run_yaml: Path, capsys: pyt
     printed = capsys.readouterr().out
     assert "rows.jsonl:5" in printed and "Number 4." in printed
     assert main(["preview", str(run_yaml), "--row", "55"]) == 2
-    assert "there is no row rows.jsonl:55; expected a row from 1 to 12" in capsys.readouterr().err
+    assert "no row is called '55' (the last row is rows.jsonl:12); expected rows.jsonl:N" in capsys.readouterr().err
 
 
 def test_preview_marks_what_is_trained_without_colours(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,3 +118,25 @@ def test_preview_shows_what_is_wrong_with_a_row(run_yaml: Path, capsys: pytest.C
     assert main(["preview", str(run_yaml)]) == 3
     printed = " ".join(capsys.readouterr().out.split())
     assert "Number 0." in printed and "rows.jsonl:2: 1 <image> mark but 0 images. Add the missing path" in printed
+
+
+def test_preview_writes_a_page(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = run_yaml.parent / "pages" / "preview.html"
+    assert main(["preview", str(run_yaml), "-n", "3", "--html", str(page)]) == 0
+    assert "preview.html: 3 rows, 0 bad, 0." in capsys.readouterr().out
+    html = page.read_text(encoding="utf-8")
+    assert html.count("<article") == 3 and "Preview of run.yaml" in html and "12 rows in 1 step of 16" in html
+    assert html.count("data:image/png;base64,") == sum(html.count(f"tile {i} of") for i in range(1, 5)) + html.count(
+        "once more"
+    )
+
+
+def test_preview_shows_bad_rows_on_the_page(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(run_yaml.parent, [row(0), row(1, image="gone<i>.png")])
+    page = run_yaml.parent / "preview.html"
+    assert main(["preview", str(run_yaml), "--html", str(page)]) == 3
+    assert "rows.jsonl:2: there is no file" in capsys.readouterr().out
+    html = page.read_text(encoding="utf-8")
+    assert "gone&lt;i&gt;.png" in html and "gone<i>" not in html and "✗ bad row." in html
+    assert main(["preview", str(run_yaml), "--row", "1", "--html", str(page)]) == 0
+    assert page.read_text(encoding="utf-8").count("<article") == 1

@@ -94,11 +94,24 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as one HTML document."""
+    return fill("page.html", page=page)
+
+
+def fill(template: str, **values: object) -> str:
+    """One of the templates beside this file, all text escaped; the pages share `style.css`."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_beside),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    source = resources.files("vlmtune.report").joinpath("page.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(page=page)
+    environment.globals["data_uri"] = data_uri
+    return environment.get_template(template).render(**values)
+
+
+def _beside(name: str) -> str:
+    return resources.files("vlmtune.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def data_uri(picture: bytes) -> str:

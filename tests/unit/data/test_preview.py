@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 from rich.console import Console
 
 from vlmtune.config.schema import RunConfig, SourceConfig
 from vlmtune.data.encode import encode
-from vlmtune.data.preview import epoch_lines, first_rows, row_text, runs
+from vlmtune.data.preview import epoch_lines, first_rows, media_counts, row_text, runs
+from vlmtune.data.sample import IGNORED, Encoded, MediaPlan, MediaRef, Span
 from vlmtune.data.sources import open_corpus
 from vlmtune.errors import UsageError
 from vlmtune.models.load import open_folder
@@ -72,7 +75,7 @@ def test_epoch_and_rows_in_training_order(tmp_path: Path) -> None:
         }
     )
     corpus = open_corpus(config.data.sources)
-    assert next(epoch_lines(corpus, config)) == "a.jsonl: 40 rows × 0.5 = 20 in an epoch"
+    assert next(epoch_lines(corpus, config)) == "a.jsonl: 40 rows, repeat 0.5 = 20 in an epoch"
     assert "30 rows in 2 steps of 16" in list(epoch_lines(corpus, config))[-1]
     rows = first_rows(corpus, config, 8)
     assert len(set(rows)) == 8 and rows != sorted(rows) and len(first_rows(corpus, config, 99)) == 30
@@ -90,3 +93,28 @@ def test_rows_are_found_by_what_messages_call_them(tmp_path: Path) -> None:
             corpus.find(text)
     with pytest.raises(UsageError, match=r"expected a\.jsonl:N or b\.json:N"):
         both.find("1")
+
+
+def test_a_video_is_one_tag_where_its_frames_touch(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
+    opened = open_folder(str(tiny_folder("internvl")))
+    plan = MediaPlan(size=(64, 48), num_tokens=3, num_tiles=1, layout=(1,), is_frame=True)
+    film, picture = MediaRef(path="a.mp4"), MediaRef(path="b.png")
+    refs = [replace(film, frame=0), replace(film, frame=9), picture, replace(film, frame=4), replace(film, frame=4)]
+    ids = np.full(20, 5, np.int32)
+    starts = [2, 5, 8, 11, 16]  # the last frame stands apart, and begins the film anew
+    encoded = Encoded(
+        input_ids=ids,
+        labels=np.full_like(ids, IGNORED),
+        spans=tuple(Span(start, 3, "image", index) for index, start in enumerate(starts)),
+        media=tuple((ref, plan) for ref in refs),
+        origin="a.jsonl:1",
+    )
+    found = runs(encoded, opened)
+    assert sum(run.num_tokens for run in found) == 20
+    assert [(run.media, run.text) for run in found if run.kind == "image"] == [
+        ((0, 1), "[video 1: 2 frames of 64×48, 0 … 9, 6 tokens]"),
+        ((2,), "[image 64×48 → 1 tile, 3 tokens]"),
+        ((3,), "[video 2: frame 4, 64×48, 3 tokens]"),
+        ((4,), "[video 3: frame 4, 64×48, 3 tokens]"),
+    ]
+    assert media_counts(encoded) == ["1 image", "3 videos of 4 frames"]

@@ -4,37 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-from html.parser import HTMLParser
 
 import PIL.Image
 import pytest
+from pages import Reader
 
 from vlmtune.report.curves import Chart, Curve
 from vlmtune.report.page import Answer, Charts, Commands, Example, Examples, Page, Table, data_uri, render
 
 EVIL = "<script>alert('x')</script> & \"y\""
-
-
-class Reader(HTMLParser):
-    """Tags with their attributes, and the visible text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._style = False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._style = tag == "style"
-
-    def handle_data(self, data: str) -> None:
-        if not self._style:
-            self.text += data
-
-    def of(self, name: str) -> list[dict[str, str | None]]:
-        return [attributes for tag, attributes in self.tags if tag == name]
 
 
 def png() -> bytes:
