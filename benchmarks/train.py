@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader
 import vlmtune
 from vlmtune.config.schema import RunConfig
 from vlmtune.data.loader import MicroBatches
-from vlmtune.data.measure import measure
 from vlmtune.data.packing import make_plan
+from vlmtune.data.prepare import prepare, prepared_folder
 from vlmtune.data.sources import open_corpus
 from vlmtune.models.load import load_model, open_folder
 
@@ -73,10 +73,10 @@ def speeds_of_bare_loop(config: RunConfig) -> list[float]:
     opened = open_folder(config.model.path)
     model = load_model(opened, dtype=torch.float32).train()
     corpus = open_corpus(config.data.sources)
-    measured = measure(corpus, opened, workers=0)
+    prepared = prepare(corpus, opened, into=prepared_folder(config), workers=0)
     packed = config.data.packing
-    plan = make_plan(measured, corpus, config, world=1, packed=packed)
-    data = MicroBatches(corpus, opened, plan, config, stand_in=False, packed=packed)
+    plan = make_plan(prepared.measured, corpus, config, world=1, packed=packed)
+    data = MicroBatches(prepared.rows, opened, plan, stand_in=False, packed=packed, augment=False, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches = iter(DataLoader(data, batch_size=None))
     speeds = []
