@@ -195,17 +195,20 @@ def open_corpus(sources: Sequence[AnySource], *, allow: Sequence[str] = (), memo
         check_columns(source.columns)
     opened = [_open_rows(source, memory) for source in settled_sources]
     names = iter(_names([file for rows in opened for file in rows.files]))
+    configured = [entry.source.hub if isinstance(entry.source, HubSource) else entry.source.path for entry in listed]
+    patterns = iter(_names([path for path, rows in zip(configured, opened, strict=True) if len(rows.files) > 1]))
     found = []
     for entry, source, rows in zip(listed, settled_sources, opened, strict=True):
         own = tuple(next(names) for _ in rows.files)
+        name = own[0] if len(own) == 1 else next(patterns)
         if entry.num_rows is not None and entry.num_rows != len(rows):
             raise DataError(
                 f"the list says `length` {entry.num_rows:,}, but {own[0]} has {len(rows):,} rows",
                 where=entry.where,
                 remedy="Look whether the file is whole; if it is, correct `length` or take it out.",
             )
-        media = _open_root(source, rows, own[0], allow, memory)
-        found.append(Source(name=own[0], names=own, rows=rows, media=media, options=source))
+        media = _open_root(source, rows, name, allow, memory)
+        found.append(Source(name=name, names=own, rows=rows, media=media, options=source))
     return Corpus(tuple(found))
 
 

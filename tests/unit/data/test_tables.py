@@ -101,7 +101,7 @@ def test_several_files_number_their_own_rows(tmp_path: Path) -> None:
     assert corpus.find("b.parquet:2") == 5
     rows = corpus.sources[0].rows
     assert [rows.find(0, "5"), rows.find(1, "3"), rows.find(1, "0"), rows.find(0, "x")] == [None] * 4
-    assert corpus.names == ["a.parquet"]
+    assert corpus.names == ["*.parquet"]
 
 
 def test_messages_with_pictures_in_lists_and_in_parts(tmp_path: Path) -> None:
@@ -179,6 +179,7 @@ def test_a_folder_of_parquet_files_by_split(tmp_path: Path) -> None:
     check_rows(opened(tmp_path / "set"), range(4))
     check_rows(opened(tmp_path / "set", split="test"), range(4, 5))
     assert opened(tmp_path / "set").origin(2) == "train-00001-of-00002.parquet:1"
+    assert opened(tmp_path / "set").names == ["set"]
     with pytest.raises(DataError, match=r"no split 'validation' \(there are: test, train\)"):
         opened(tmp_path / "set", split="val")
     write_parquet(tmp_path / "set" / "more.parquet", range(1))
