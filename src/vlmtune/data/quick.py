@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlmtune.data import media
+from vlmtune.data import video
 from vlmtune.data.adapters import KNOWN_KEYS
 from vlmtune.data.encode import plan_media, with_origin
 from vlmtune.data.measure import COLUMNS, BadRow, Measured, seen
 from vlmtune.data.pool import in_processes
 from vlmtune.data.row_encoder import RowEncoder
+from vlmtune.data.sample import Sample
 from vlmtune.data.sources import Corpus
 from vlmtune.errors import DataError
 from vlmtune.models.family import OpenedFolder
@@ -77,26 +78,26 @@ class _Job:
     def __call__(self, rows: Sequence[int]) -> _Result:
         bad: list[BadRow] = []
         unknown_keys: Counter[str] = Counter()
-        corpus = self.encoder.corpus
         table = []
         for i in rows:
+            which, local = self.encoder.corpus.split(i)
+            source = self.encoder.corpus.sources[which]
+            origin = source.origin(local)
             try:
-                row = corpus.row(i)
+                row = source.rows.read(local, origin)
                 if isinstance(row, dict) and not row.keys() <= KNOWN_KEYS:
                     unknown_keys.update(str(key) for key in row.keys() - KNOWN_KEYS)
-                table.append(self._seen(i, row))
+                table.append(self._seen(source.adapt(row, origin), self.encoder.opened_for(which)))
             except DataError as error:
                 table.append((0,) * 6)
-                bad.append(BadRow(corpus.origin(i), with_origin(error, "").reason, i))
+                bad.append(BadRow(origin, with_origin(error, "").reason, i))
         dtypes = list(COLUMNS.values())[2:]
         columns = [np.array(column, dtype) for column, dtype in zip(zip(*table, strict=True), dtypes, strict=True)]
         return _Result(columns, bad, unknown_keys)
 
-    def _seen(self, i: int, row: object) -> tuple[int, ...]:
-        opened = self.encoder.opened(i)
-        sample = self.encoder.corpus.adapt(i, row)
+    def _seen(self, sample: Sample, opened: OpenedFolder) -> tuple[int, ...]:
         found = plan_media(sample, opened)
         if self.decode:
-            for ref, _ in found:
-                media.open_image(ref, opened.media)
+            for _ in video.open_pictures([ref for ref, _ in found], opened.media):
+                pass
         return seen(sample, found)
