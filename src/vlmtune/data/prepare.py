@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from vlmtune.config.schema import RunConfig
-from vlmtune.data import media
+from vlmtune.data import video
 from vlmtune.data.adapters import KNOWN_KEYS
 from vlmtune.data.encode import build, lay_row, lay_rows, plan_media, with_origin
 from vlmtune.data.measure import COLUMNS, BadRow, Measured, counts
@@ -332,7 +332,8 @@ class _Job:
         opened = self.encoder.opened(i)
         try:
             planned = shard.laid(local, lambda: ()).media
-            return all(media.size(ref, opened.media) == plan.size for ref, plan in planned)
+            found = video.sizes([ref for ref, _ in planned], opened.media)
+            return found == [plan.size for _, plan in planned]
         except DataError:
             return False
 
@@ -343,8 +344,8 @@ class _Job:
         found = []
         for i in range(task.start, task.stop):
             try:
-                for ref, _ in rows.laid(i).media if i not in bad else ():
-                    media.open_image(ref, self.encoder.opened(i).media)
+                if i not in bad:
+                    video.decode([ref for ref, _ in rows.laid(i).media], self.encoder.opened(i).media)
             except DataError as error:
                 found.append(BadRow(corpus.origin(i), with_origin(error, "").reason, i))
         return found

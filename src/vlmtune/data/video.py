@@ -134,8 +134,7 @@ def film(ref: MediaRef, options: MediaOptions) -> Film:
     indices = _choose(found, ref, options.video)
     frames = tuple(replace(ref, frame=i) for i in indices)
     if found.rate is None:
-        names = _names_in(ref)
-        return Film(frames, tuple(media.size(_picture_in(ref, names, i), options) for i in indices), None, None)
+        return Film(frames, tuple(sizes(frames, options)), None, None)
     times = tuple(i / found.rate for i in indices)
     return Film(frames, (found.size,) * len(frames), times, found.num_frames / found.rate)
 
@@ -160,6 +159,20 @@ def _choose(found: Header, ref: MediaRef, options: VideoOptions) -> list[int]:
     return indices
 
 
+def sizes(refs: Sequence[MediaRef], options: MediaOptions) -> list[Size]:
+    """(width, height) of every picture and frame, from headers; raises as `header`."""
+    found: list[Size] = []
+    for whole, group in groupby(refs, _whole):
+        if whole is None:
+            found += [media.size(ref, options) for ref in group]
+        elif _is_folder(whole):
+            names = _names_in(whole)
+            found += [media.size(_picture_in(whole, names, ref.frame or 0), options) for ref in group]
+        else:
+            found += [header(whole, options).size] * len(list(group))
+    return found
+
+
 def open_pictures(refs: Sequence[MediaRef], options: MediaOptions) -> Generator[PIL.Image.Image, None, None]:
     """Every picture and frame as `media.open_image` gives pictures, in order; one pass over each video.
 
@@ -167,12 +180,24 @@ def open_pictures(refs: Sequence[MediaRef], options: MediaOptions) -> Generator[
         DataError: as `media.open_image`; a frame that the file does not hold.
         UsageError: PyAV is not installed.
     """
-    for whole, group in groupby(refs, lambda ref: None if ref.frame is None else replace(ref, frame=None)):
+    for whole, group in groupby(refs, _whole):
         if whole is None:
             yield from (media.open_image(ref, options) for ref in group)
         else:
             with closing(_frames(whole, [ref.frame or 0 for ref in group], options)) as pictures:
                 yield from pictures
+
+
+def decode(refs: Sequence[MediaRef], options: MediaOptions) -> None:
+    """Every picture and frame once, to be sure that each can be; raises as `open_pictures`."""
+    with closing(open_pictures(refs, options)) as pictures:
+        for _ in pictures:
+            pass
+
+
+def _whole(ref: MediaRef) -> MediaRef | None:
+    """The video that a frame is of; None for a picture."""
+    return None if ref.frame is None else replace(ref, frame=None)
 
 
 def _frames(ref: MediaRef, indices: Sequence[int], options: MediaOptions) -> Generator[PIL.Image.Image, None, None]:

@@ -88,11 +88,7 @@ def open_video(path: str | Path, options: MediaOptions) -> Video:
     """
     from vlmtune.data import video
 
-    def decode(ref: MediaRef) -> None:
-        for _ in video.open_pictures(video.film(ref, options).frames, options):
-            pass
-
-    return Video(_tried(path, decode))
+    return Video(_tried(path, lambda ref: video.decode(video.film(ref, options).frames, options)))
 
 
 def _tried(path: str | Path, decode: Callable[[MediaRef], object]) -> MediaRef:

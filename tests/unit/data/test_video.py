@@ -134,6 +134,7 @@ def test_a_folder_of_frames_in_natural_order(tmp_path: Path) -> None:
     film = video.film(ref, options(num_frames=3))
     assert film.sizes == ((11, 8), (20, 8), (110, 8)) and film.times is None
     assert [p.getpixel((0, 0))[0] for p in video.open_pictures(film.frames, OPTIONS)] == [1, 10, 100]
+    assert video.sizes(film.frames, OPTIONS) == list(film.sizes)
     with pytest.raises(DataError, match="has no frame rate"):
         video.film(ref, options(fps=1.0))
     os.symlink("/etc/hostname", tmp_path / "frame0.png")
@@ -148,6 +149,7 @@ def test_pictures_and_frames_in_one_row(tmp_path: Path) -> None:
     second = video.film(MediaRef(path=str(write_video(tmp_path / "b.mkv", **KINDS["b.mkv"]))), options(fps=5))
     refs = [picture, *first.frames, picture, *second.frames, *first.frames]
     found = list(video.open_pictures(refs, OPTIONS))
+    assert video.sizes(refs, OPTIONS) == [p.size for p in found]
     assert found[0].size == found[3].size == (5, 6)
     shown = [number_of(p) for p in found if p.size == SIZE]
     assert shown == [0, 39, *range(0, 40, 5), 0, 39]
