@@ -24,6 +24,7 @@ import numpy as np
 
 from vlmtune.data import media
 from vlmtune.data.archives import Members
+from vlmtune.data.formats import FORMAT_KEYS
 from vlmtune.data.json_rows import MAX_ROW_BYTES, parse_row
 from vlmtune.data.remember import Known, remembered
 from vlmtune.data.sample import MediaRef
@@ -34,7 +35,6 @@ PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff",
 VIDEOS = frozenset({"mp4", "webm", "mov", "mkv", "avi", "m4v"})
 _CAPTIONS = frozenset({"txt", "caption"})
 _JSON = "json"
-_TEXTS = ("conversations", "messages", "texts", "question", "caption")
 
 
 class WebDatasetRows:
@@ -46,11 +46,24 @@ class WebDatasetRows:
             DataError: see `tar_index.index_tar`.
         """
         self.members = members
-        arrays, notes = remembered(memory, "webdataset-1", members.parts, lambda: _grouped(members))
-        self.files = tuple(members.parts)
+        self.files = members.parts
+        self._memory = memory
+        self._open()
+
+    def _open(self) -> None:
+        arrays, notes = remembered(self._memory, "webdataset-1", self.files, lambda: _grouped(self.members))
         self.digest = str(notes["digest"])
         # The members of row i are order[starts[i]:starts[i + 1]], the one that names it first.
         self._order, self._starts = arrays["order"], arrays["starts"]
+
+    def __getstate__(self) -> dict[str, object]:
+        kept = ("members", "files", "_memory")
+        return self.__dict__ if self._memory is None else {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        if self._memory is not None:
+            self._open()
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -111,7 +124,7 @@ class WebDatasetRows:
         if not isinstance(row, dict):
             return row  # the adapter says what is wrong with it
         read = {_JSON, *pictures, *videos}
-        if caption is not None and not any(row.get(key) for key in _TEXTS):
+        if caption is not None and not any(row.get(key) for key in FORMAT_KEYS):
             row["caption"] = self._caption(group[caption])
             read.add(caption)
         self._put(row, "image", pictures)

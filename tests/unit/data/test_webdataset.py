@@ -215,6 +215,7 @@ def test_rows_travel_to_other_processes(tmp_path: Path) -> None:
         rows = rows_of(path, memory=memory)
         again = pickle.loads(pickle.dumps(rows))
         assert [again.read(i, "") for i in range(50)] == [rows.read(i, "") for i in range(50)]
+        assert memory is None or len(pickle.dumps(rows)) < 1000
         assert (again.digest, again.files, again.place(7)) == (rows.digest, rows.files, rows.place(7))
 
 
