@@ -61,10 +61,10 @@ def check_columns(columns: Iterable[str]) -> None:
     for name in columns:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            meant = f"did you mean {near[0]}" if near else f"expected one of {', '.join(sorted(known))}"
             raise ConfigError(
-                f"{name!r} is no name that vlmtune knows; {meant}",
+                f"{name!r} is no name that vlmtune knows",
                 where="data.sources: columns",
+                expected=f"{near[0]}, perhaps" if near else f"one of {', '.join(sorted(known))}",
                 remedy="On the left stands vlmtune's name, on the right the rows' own: `{answer: label}`.",
             )
 

@@ -235,7 +235,7 @@ def test_columns() -> None:
     swapped = {"question": "A", "answer": "Q"}
     assert read(swapped, columns={"question": "answer", "answer": "question"}).messages == (user("Q"), assistant("A"))
     check_columns(["image", "answer"])
-    with pytest.raises(ConfigError, match=r"columns: 'anwser' is no name that vlmtune knows; did you mean answer"):
+    with pytest.raises(ConfigError, match=r"columns: 'anwser' is no name that vlmtune knows; expected answer, perhaps"):
         check_columns(["anwser"])
 
 
