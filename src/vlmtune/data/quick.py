@@ -98,6 +98,5 @@ class _Job:
     def _seen(self, sample: Sample, opened: OpenedFolder) -> tuple[int, ...]:
         found = plan_media(sample, opened)
         if self.decode:
-            for _ in video.open_pictures([ref for ref, _ in found], opened.media):
-                pass
+            video.decode([ref for ref, _ in found], opened.media)
         return seen(sample, found)
