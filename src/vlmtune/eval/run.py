@@ -14,7 +14,7 @@ import torch
 
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import encode
-from vlmtune.data.sample import Encoded
+from vlmtune.data.sample import Box, Encoded
 from vlmtune.data.sources import Corpus
 from vlmtune.errors import DataError
 from vlmtune.eval.metrics import Metrics, exact, score
@@ -156,17 +156,19 @@ def _answer(
     answers = session.generate(
         [task.prompt for _, task, _ in batch], settings.max_new_tokens, batch_size=settings.batch_size
     )
-    return {
-        i: Prediction(
+    found = {}
+    for (i, task, row), answer in zip(batch, answers, strict=True):
+        has_box = any(isinstance(part, Box) for part in task.row.messages[-1].parts)
+        reference = session.last_answer(row) if has_box else task.reference
+        found[i] = Prediction(
             origin=task.row.origin,
             id=task.row.id,
             prompt=task.question,
-            reference=task.reference,
+            reference=reference,
             prediction=answer,
-            exact=exact(answer, task.reference),
+            exact=exact(answer, reference),
         )
-        for (i, task, _), answer in zip(batch, answers, strict=True)
-    }
+    return found
 
 
 def summed_loss(session: Session, rows: Sequence[Encoded], max_length: int | None = None) -> tuple[float, int]:

@@ -6,11 +6,12 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 
 from vlmtune.data.collate import prompt_batch
 from vlmtune.data.encode import encode_prompt
-from vlmtune.data.sample import Encoded, Sample
+from vlmtune.data.sample import IGNORED, Encoded, Sample
 from vlmtune.errors import UsageError, WeightsError
 from vlmtune.infer.locate import Located, locate
 from vlmtune.infer.streaming import stream_pieces
@@ -105,6 +106,13 @@ class Session:
                 self._model.generate(**inputs, generation_config=settings, **more)
 
         return stream_pieces(run, self._text)
+
+    def last_answer(self, row: Encoded) -> str:
+        """The last answer of an encoded training row, as `generate` would give it: boxes as the model writes them."""
+        trained = np.flatnonzero(row.labels != IGNORED)
+        gaps = np.flatnonzero(np.diff(trained) > 1)
+        own = trained[gaps[-1] + 1 :] if len(gaps) else trained
+        return self._text(row.input_ids[own].tolist())
 
     def logits(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
         """Next-token logits of each prompt: float32 (T, vocabulary) on the CPU, one sample at a time."""

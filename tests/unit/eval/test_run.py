@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
@@ -118,3 +119,22 @@ def test_results_are_written_whole(session: Session, corpus: Corpus, tmp_path: P
     lines = [json.loads(line) for line in (file.parent / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["origin"] for line in lines] == ["val.jsonl:1", "val.jsonl:2", "val.jsonl:3"]
     assert set(lines[0]) == {"origin", "id", "prompt", "reference", "prediction", "exact"}
+
+
+def test_a_box_in_the_answer_is_compared_as_the_model_writes_it(session: Session, tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    row = {
+        "messages": [
+            {"role": "user", "content": "<image>Where is <ref-object>?"},
+            {"role": "assistant", "content": "Look."},
+            {"role": "user", "content": "And now?"},
+            {"role": "assistant", "content": "At <bbox>."},
+        ],
+        "images": ["a.png"],
+        "objects": {"ref": ["the menu"], "bbox": [[20, 10, 100, 50]]},
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    corpus = open_corpus([SourceConfig(path=str(tmp_path / "rows.jsonl"))])
+    (found,) = evaluate(session, corpus, EvalSettings(max_new_tokens=1)).predictions
+    text = session.opened.tokenizer.decode(encode(corpus.sample(0), session.opened).input_ids, skip_special_tokens=True)
+    assert found.reference == "At <box>[[100, 100, 500, 500]]</box>." and found.reference in text
