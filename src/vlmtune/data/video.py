@@ -31,6 +31,7 @@ from vlmtune.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -120,7 +121,7 @@ def header(ref: MediaRef, options: MediaOptions) -> Header:
         size = _upright(first, ref, options)[0]
     if total is None:
         with _opened(ref, options) as (container, stream), _told(ref):
-            total = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
+            total = sum(_is_shown(packet, stream) for packet in container.demux(stream))
     return Header(size, total, float(rate) if rate else None)
 
 
@@ -253,7 +254,7 @@ class _Table:
     def of(cls, ref: MediaRef, options: MediaOptions) -> _Table | None:
         """From the packets, undecoded; None where they do not say it."""
         with _opened(ref, options) as (container, stream), _told(ref):
-            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+            packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if _is_shown(p, stream)]
         times = [pts for pts, _ in packets if pts is not None]
         if len(times) < len(packets) or len(set(times)) < len(times):
             return None
@@ -343,6 +344,13 @@ def _announced(stream: VideoStream) -> int | None:
     if len(entries) != stream.frames:
         return int(stream.frames)
     return sum(1 for entry in entries if not entry.is_discard)  # an mp4's edit list hides frames
+
+
+def _is_shown(packet: Packet, stream: VideoStream) -> bool:
+    """Whether a frame comes out of this packet; VP8 has packets that are only looked back at (RFC 6386, 9.1)."""
+    if not packet.size or packet.is_discard:
+        return False
+    return stream.codec_context.name != "vp8" or bool(memoryview(packet)[0] & 0x10)
 
 
 def _upright(frame: VideoFrame, ref: MediaRef, options: MediaOptions) -> tuple[Size, PIL.Image.Transpose | None]:

@@ -91,6 +91,24 @@ def test_what_an_edit_list_hides_is_not_counted(tmp_path: Path) -> None:
     assert numbers(path, [0, 33]) == [6, 39]
 
 
+def test_packets_that_show_nothing_are_not_counted(tmp_path: Path) -> None:
+    """As those that YouTube's VP8 files hold: two pictures of this film are told not to be shown."""
+    whole = write_video(tmp_path / "whole.webm", codec="libvpx", num_frames=90, g="200")
+    path = tmp_path / "a.webm"
+    with av.open(str(whole)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(video=0)):
+            if packet.size:
+                content = bytearray(packet)
+                content[0] &= 0xEF if number in (20, 50) else 0xFF
+                hidden = av.Packet(bytes(content))
+                hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
+                hidden.stream, hidden.is_keyframe = stream, packet.is_keyframe
+                target.mux(hidden)
+    assert video.header(MediaRef(path=str(path)), OPTIONS).num_frames == 88
+    assert numbers(path, [19, 20, 87]) == [19, 21, 89]
+
+
 def test_a_fragmented_mp4_is_counted_by_its_packets(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", codec="libx264", g="12", container={"movflags": "frag_keyframe+empty_moov"})
     assert video.header(MediaRef(path=str(path)), OPTIONS).num_frames == 40
