@@ -81,7 +81,10 @@ class TableRows:
             for path in _contents(self.files[file]):
                 with _opened(path) as stream:
                     digest.update(hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).digest())
-            num_rows.append(len(self._table(file)))
+            table = self._table(file)
+            if os.path.isdir(self.files[file]):
+                _validate(table, self.files[file])
+            num_rows.append(len(table))
         return {"num_rows": np.array(num_rows, np.int64)}, {"digest": digest.hexdigest()}
 
     def _table(self, file: int) -> Any:
@@ -180,21 +183,25 @@ def _open(file: str) -> Any:
         ) from error
 
 
+def _validate(table: Any, folder: str) -> None:
+    """Arrow believes the offsets that a mapped file holds, so a damaged one would end the process when it is read."""
+    try:
+        table.data.validate(full=True)
+    except _mistakes() as error:
+        raise DataError(
+            f"the Arrow files are damaged ({_line(error)})",
+            where=os.path.basename(folder),
+            remedy="Copy or write the folder again.",
+        ) from error
+
+
 def _mistakes() -> tuple[type[Exception], ...]:
     """What reading a damaged or foreign table raises."""
     import pyarrow
     from datasets.exceptions import DatasetsError
 
-    return (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        NotImplementedError,
-        pyarrow.ArrowException,
-        DatasetsError,
-    )
+    ours = (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, NotImplementedError)
+    return (*ours, pyarrow.ArrowException, DatasetsError)
 
 
 def _as_json(value: object, place: str) -> object:

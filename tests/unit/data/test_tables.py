@@ -271,6 +271,20 @@ def test_damage_is_told_with_the_file(tmp_path: Path) -> None:
     assert "empty.parquet: the table holds no rows" in reason(tmp_path / "empty.parquet")
 
 
+def test_damaged_offsets_of_a_saved_dataset_do_not_end_the_process(tmp_path: Path) -> None:
+    table(range(3)).save_to_disk(tmp_path / "saved")
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    content = path.read_bytes()
+    offsets = np.array([0, 1, 2, 3], np.int32).tobytes()  # of the three ids "0", "1", "2"
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, np.array([0, 1, 2**30, 2**31 - 1], np.int32).tobytes()))
+    assert "saved: the Arrow files are damaged" in reason(tmp_path / "saved")
+    path.write_bytes(content)
+    info = json.loads((tmp_path / "saved" / "dataset_info.json").read_text())
+    (tmp_path / "saved" / "dataset_info.json").write_text(json.dumps({**info, "features": {"id": "x"}}))
+    assert "saved: the table cannot be opened" in reason(tmp_path / "saved")
+
+
 @pytest.mark.parametrize("name", ["x.pkl", "x.pt", "x.npy", "x.npz", "x.bin", "x.PTH"])
 def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\x80\x04.")
