@@ -14,11 +14,26 @@ import transformers
 from vlmtune.config.schema import MediaOptions
 from vlmtune.data import media
 from vlmtune.data.sample import MediaRef
+from vlmtune.models import resample
 from vlmtune.models.auto import pictures
 from vlmtune.models.auto.pictures import AutoSpec, find_kind, picture_pixels
-from vlmtune.models.pixels import patches, tiles, tone_table
+from vlmtune.models.pixels import make_tones, patches, seen_patches, seen_tiles, tiles
+from vlmtune.models.resample import planes_of, resized_planes
 
-SIZES = [(1, 1), (3, 3), (3, 90), (31, 33), (64, 64), (65, 64), (100, 40), (40, 199), (333, 97), (320, 240)]
+SIZES = [
+    (1, 1),
+    (48, 32),
+    (32, 16),
+    (3, 3),
+    (3, 90),
+    (31, 33),
+    (64, 64),
+    (65, 64),
+    (100, 40),
+    (40, 199),
+    (333, 97),
+    (320, 240),
+]
 SQUARE = {"height": 32, "width": 32}
 
 FOLLOWED: dict[str, Any] = {
@@ -145,20 +160,70 @@ def test_every_kind_is_covered() -> None:
 
 def test_tones_are_the_formula() -> None:
     mean, std = (0.5, 0.25, 0.1), (0.5, 0.2, 0.3)
-    table = tone_table(1 / 255, (mean, std))
+    tones = make_tones(1 / 255, (mean, std))
     wanted = (np.arange(256)[None] / 255 - np.array(mean)[:, None]) / np.array(std)[:, None]
-    assert table.dtype == np.float32 and np.abs(table - wanted).max() < 1e-6
+    assert tones.table.dtype == np.float32 and np.abs(tones.table - wanted).max() < 1e-6
+
+
+def test_arithmetic_only_where_it_gives_the_table() -> None:
+    ramp = np.arange(256, dtype=np.uint8)
+    scales = [1 / 255, None, 1 / 127.5, 0.0123, 1.0, 1 / 254]
+    means = [None, ((0.5,) * 3, (0.5,) * 3), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    ways = set()
+    for tones in (make_tones(scale, mean) for scale in scales for mean in means):
+        ways.add(tones.arithmetic is None)
+        for channel in range(3):
+            out = np.empty(256, np.float32)
+            tones.write(channel, ramp, out)
+            assert np.array_equal(out, tones.table[channel])
+    assert ways == {True, False}
+    assert make_tones(1 / 255, means[-1]).arithmetic is not None
+
+
+HEIGHTS = [(480, 896), (640, 896), (480, 1344), (64, 448), (1, 32), (2, 64), (3, 96), (7, 224), (32, 64), (448, 896)]
+
+
+@pytest.mark.parametrize("heights", HEIGHTS, ids=str)
+def test_resized_as_pillow_does_by_the_short_way(heights: tuple[int, int]) -> None:
+    source, height = heights
+    for width in (40, 61):
+        picture = noise((50, source), seed=source)
+        found = resized_planes(picture, (width, height), PIL.Image.Resampling.BICUBIC)
+        assert resample._row_sums(source, height) is not None
+        wanted = np.asarray(picture.resize((width, height), PIL.Image.Resampling.BICUBIC))
+        assert np.array_equal(np.stack(found, axis=-1), wanted)
+
+
+def test_other_heights_and_filters_are_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resample._row_sums(479, 896) is None and resample._row_sums(896, 448) is None
+    monkeypatch.setattr(resample, "_weights", lambda source, height: (np.zeros(height, int), np.ones((height, 1), int)))
+    resample._row_sums.cache_clear()
+    assert resample._row_sums(480, 896) is None  # does not agree with Pillow
+    resample._row_sums.cache_clear()
+    for way in (PIL.Image.Resampling.BILINEAR, PIL.Image.Resampling.LANCZOS, PIL.Image.Resampling.NEAREST):
+        picture = noise((64, 48))
+        wanted = np.asarray(picture.resize((100, 96), way))
+        assert np.array_equal(np.stack(resized_planes(picture, (100, 96), way), axis=-1), wanted)
 
 
 def test_a_grid_of_the_wrong_size_is_refused() -> None:
-    table = tone_table(1 / 255, None)
     with pytest.raises(ValueError, match="is not 2×1 tiles"):
-        tiles([(noise((60, 32)), (1, 2))], (32, 32), table)
+        tiles([(planes_of(noise((60, 32))), (1, 2))], (32, 32), make_tones(1 / 255, None))
 
 
 def test_patches_stand_in_blocks() -> None:
     picture = PIL.Image.fromarray(np.arange(8 * 8, dtype=np.uint8).reshape(8, 8)).convert("RGB")
-    rows = patches(picture, edge=2, merge=2, frames=1, table=tone_table(1.0, None))
+    rows = patches(planes_of(picture), edge=2, merge=2, frames=1, tones=make_tones(1.0, None))
     assert rows.shape == (16, 12)
     assert rows[:, 0].tolist() == [0, 2, 16, 18, 4, 6, 20, 22, 32, 34, 48, 50, 36, 38, 52, 54]
     assert rows[0, :4].tolist() == [0, 1, 8, 9]
+
+
+def test_pictures_come_back_from_their_tensors() -> None:
+    picture = noise((64, 32))
+    tones = make_tones(1 / 255, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    left, right = seen_tiles(tiles([(planes_of(picture), (1, 2))], (32, 32), tones), tones)
+    assert np.array_equal(np.concatenate([left, right], axis=1), np.asarray(picture))
+    rows = patches(planes_of(picture), edge=4, merge=2, frames=3, tones=tones)
+    again = seen_patches(rows, (8, 16), edge=4, merge=2, frames=3, tones=tones)
+    assert np.array_equal(np.asarray(again), np.asarray(picture))

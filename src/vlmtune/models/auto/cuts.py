@@ -14,7 +14,8 @@ import torch
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vlmtune.data.sample import Size
-from vlmtune.models.pixels import patches, seen_patches, seen_tiles, tiles, tone_table
+from vlmtune.models.pixels import Tones, make_tones, patches, seen_patches, seen_tiles, tiles
+from vlmtune.models.resample import planes_of, resized_planes
 
 Pixels = dict[str, torch.Tensor]
 
@@ -23,8 +24,8 @@ _SMOLVLM_LIMIT = 4096  # SmolVLM's image processor never resizes beyond this edg
 
 def tiled(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> Pixels | None:
     """InternVL: the picture stretched over the grid of tiles that is most like it, and once more as a thumbnail."""
-    edges, table = _edges(processor.size), tones(processor)
-    if edges is None or table is None:
+    edges, tones = _edges(processor.size), _tones(processor)
+    if edges is None or tones is None:
         return None
     width, height = edges
     parts = []
@@ -32,44 +33,45 @@ def tiled(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> 
         columns, rows = get_optimal_tiled_canvas(
             picture.size[::-1], (height, width), processor.min_patches, processor.max_patches
         )
-        parts.append((_resized(picture, (columns * width, rows * height), processor), (rows, columns)))
+        size = columns * width, rows * height
+        parts.append((resized_planes(picture, size, processor.resample), (rows, columns)))
     elif not processor.do_resize:
         return None
     if not parts or parts[0][1] != (1, 1):
-        parts.append((_resized(picture, edges, processor), (1, 1)))
-    values = tiles(parts, edges, table)
+        parts.append((resized_planes(picture, edges, processor.resample), (1, 1)))
+    values = tiles(parts, edges, tones)
     return {"pixel_values": values, "num_patches": torch.tensor([len(values)])}
 
 
 def gridded(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> Pixels | None:
     """Qwen-VL: the picture resized to whole patches, one row of numbers per patch."""
-    table = tones(processor)
-    if table is None or not processor.do_resize:
+    tones = _tones(processor)
+    if tones is None or not processor.do_resize:
         return None
     rows, columns = layout
     edge = int(processor.patch_size)
     values = patches(
-        _resized(picture, (columns * edge, rows * edge), processor),
+        resized_planes(picture, (columns * edge, rows * edge), processor.resample),
         edge=edge,
         merge=int(processor.merge_size),
         frames=int(processor.temporal_patch_size),
-        table=table,
+        tones=tones,
     )
     return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, rows, columns]])}
 
 
 def split(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> Pixels | None:
     """SmolVLM: resized to its longest edge, then to whole tiles; the thumbnail is made from the latter."""
-    table, longest = tones(processor), processor.size["longest_edge"]
-    if table is None or not processor.do_resize or not processor.do_pad or not longest:
+    tones, longest = _tones(processor), processor.size["longest_edge"]
+    if tones is None or not processor.do_resize or not processor.do_pad or not longest:
         return None
     rows, columns = layout
     edge = int(processor.max_image_size["longest_edge"])
     first = _resized(picture, below_limit(*to_longest_edge(*picture.size, longest)), processor)
     whole = _resized(first, (max(columns, 1) * edge, max(rows, 1) * edge), processor)
-    parts = [(whole, (rows, columns))] if rows else []
-    parts.append((_resized(whole, (edge, edge), processor), (1, 1)))
-    values = tiles(parts, (edge, edge), table)[None]
+    parts = [(planes_of(whole), (rows, columns))] if rows else []
+    parts.append((resized_planes(whole, (edge, edge), processor.resample), (1, 1)))
+    values = tiles(parts, (edge, edge), tones)[None]
     return {
         "pixel_values": values,
         "pixel_attention_mask": torch.ones(1, values.shape[1], edge, edge, dtype=torch.long),
@@ -78,8 +80,8 @@ def split(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> 
 
 def whole(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> Pixels | None:
     """CLIP and SigLIP: resized, and cut to the middle where the image processor does so."""
-    table = tones(processor)
-    if table is None or not processor.do_resize or processor.do_pad:
+    tones = _tones(processor)
+    if tones is None or not processor.do_resize or processor.do_pad:
         return None
     edges = _edges(processor.size)
     if edges is None:
@@ -87,27 +89,31 @@ def whole(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> 
         if shortest is None:
             return None
         edges = _to_shortest_edge(picture.size, shortest)
-    resized = _resized(picture, edges, processor)
+    width, height = edges
+    left = top = 0
     if processor.do_center_crop:
         middle = _edges(processor.crop_size)
         if middle is None or middle[0] > edges[0] or middle[1] > edges[1]:
             return None  # the image processor frames what is too small in black
         left, top = (edges[0] - middle[0]) // 2, (edges[1] - middle[1]) // 2
-        resized = resized.crop((left, top, left + middle[0], top + middle[1]))
-    return {"pixel_values": tiles([(resized, (1, 1))], resized.size, table)}
+        width, height = middle
+    planes = [
+        plane[top : top + height, left : left + width] for plane in resized_planes(picture, edges, processor.resample)
+    ]
+    return {"pixel_values": tiles([(planes, (1, 1))], (width, height), tones)}
 
 
 def seen(processor: Any, pixels: Pixels) -> list[PIL.Image.Image]:
     """What the tower sees of one picture, from its tensors; nothing where the tones are of another kind."""
-    table = tones(processor)
-    if table is None:
+    tones = _tones(processor)
+    if tones is None:
         return []
     values = pixels["pixel_values"]
     if "image_grid_thw" not in pixels:
-        return seen_tiles(values.reshape(-1, *values.shape[-3:]), table)
+        return seen_tiles(values.reshape(-1, *values.shape[-3:]), tones)
     _, rows, columns = pixels["image_grid_thw"][0].tolist()
     edge, merge, frames = int(processor.patch_size), int(processor.merge_size), int(processor.temporal_patch_size)
-    return [seen_patches(values, (rows, columns), edge=edge, merge=merge, frames=frames, table=table)]
+    return [seen_patches(values, (rows, columns), edge=edge, merge=merge, frames=frames, tones=tones)]
 
 
 def to_longest_edge(width: int, height: int, longest: int) -> Size:
@@ -149,11 +155,11 @@ def _edge_alone(size: Any) -> int | None:
 
 
 def _resized(picture: PIL.Image.Image, size: Size, processor: Any) -> PIL.Image.Image:
-    return picture.resize(size, PIL.Image.Resampling(processor.resample))
+    return picture.resize(size, processor.resample)
 
 
-def tones(processor: Any) -> np.ndarray | None:
-    """The table of this image processor; None where its numbers or its filter are of another kind."""
+def _tones(processor: Any) -> Tones | None:
+    """The tones of this image processor; None where its numbers or its filter are of another kind."""
     if not isinstance(processor.resample, int) or not (processor.do_rescale or processor.do_normalize):
         return None
     mean_and_std = None
@@ -161,4 +167,4 @@ def tones(processor: Any) -> np.ndarray | None:
         if np.shape(processor.image_mean) != (3,) or np.shape(processor.image_std) != (3,):
             return None
         mean_and_std = tuple(map(float, processor.image_mean)), tuple(map(float, processor.image_std))
-    return tone_table(float(processor.rescale_factor) if processor.do_rescale else None, mean_and_std)
+    return make_tones(float(processor.rescale_factor) if processor.do_rescale else None, mean_and_std)
