@@ -4,6 +4,7 @@
 `conversations`            LLaVA, ShareGPT, InternVL, XComposer, LLaMA-Factory: turns with `from` / `value`
 `messages`                 OpenAI, ms-swift, LLaMA-Factory: turns with `role` / `content`
 `texts`                    the_cauldron: pairs with `user` / `assistant`
+`conversation`             ms-swift: pairs with `human` / `assistant`
 `query`, `response`        ms-swift, with `history` and `system`
 `instruction`, `output`    alpaca (LLaMA-Factory), with `input`, `history` and `system`
 `question`, `answer`       flat rows; the source's `prompt` stands in for a `question` that is left out
@@ -24,7 +25,18 @@ from vlmtune.errors import DataError
 Row = Mapping[str, object]
 
 FORMAT_KEYS = (
-    *("conversations", "messages", "texts", "query", "response", "instruction", "output", "input", "history"),
+    *(
+        "conversations",
+        "messages",
+        "texts",
+        "conversation",
+        "query",
+        "response",
+        "instruction",
+        "output",
+        "input",
+        "history",
+    ),
     *("question", "answer", "caption"),
 )
 _ROLES: Mapping[str, Role] = {
@@ -44,12 +56,19 @@ _OPENAI_ROLES: Mapping[str, Role] = {
 }
 _FORMS: tuple[tuple[str, ...], ...] = (
     ("texts",),
+    ("conversation",),
     ("query", "response"),
     ("instruction", "output"),
     ("question", "answer"),
     ("caption",),
 )
+_PAIRS = {"texts": "user", "conversation": "human"}  # key of the list, and of the question in its pairs
 _UNSUPPORTED_IN_TURNS = ("tool_calls", "function_call", "audio")
+
+
+_UNDER_THE_OTHER = (
+    "Turns with `{0}` and `{1}` belong under `{2}`: rename the key, or say `columns: {{{2}: {3}}}` at the source."
+)
 
 
 class Turn(NamedTuple):
@@ -91,7 +110,8 @@ def dialogue_of(row: Row, prompt: str | None) -> Dialogue:
         raise _neither(f"the row has both `{'` / `'.join(whole[0])}` and `{'` / `'.join(whole[1])}`")
     if whole:
         form = whole[0]
-        turns = _pairs(row) if form == ("texts",) else _flat(row, form[0], form[-1], prompt)
+        asker = _PAIRS.get(form[0])
+        turns = _pairs(row, form[0], asker) if asker else _flat(row, form[0], form[-1], prompt)
         return Dialogue([*system, *turns], media_in_front=True)
     for first, second in (("query", "response"), ("instruction", "output"), ("question", "answer")):
         for has, lacks in ((first, second), (second, first)):
@@ -164,19 +184,18 @@ def _refuse_untrained(turn: object, place: str) -> None:
             )
 
 
-def _pairs(row: Row) -> list[Turn]:
+def _pairs(row: Row, key: str, asker: str) -> list[Turn]:
     """``[{"user": "…", "assistant": "…"}, …]``"""
-    pairs = row["texts"]
+    pairs = row[key]
     if not isinstance(pairs, list) or not pairs:
-        raise DataError(
-            f"`texts` is {kind_of(pairs) if pairs != [] else 'empty'}", expected="a list of {user: …, assistant: …}"
-        )
+        found = "empty" if pairs == [] else kind_of(pairs)
+        raise DataError(f"`{key}` is {found}", expected=f"a list of {{{asker}: …, assistant: …}}")
     turns = []
     for i, pair in enumerate(pairs):
-        place = f"pair {i + 1} of `texts`"
+        place = f"pair {i + 1} of `{key}`"
         if not isinstance(pair, dict):
-            raise DataError(f"{place} is {kind_of(pair)}", expected="an object with `user` and `assistant`")
-        turns += _pair(entry(pair, place, "user"), entry(pair, place, "assistant"), f"`user` of {place}", place)
+            raise DataError(f"{place} is {kind_of(pair)}", expected=f"an object with `{asker}` and `assistant`")
+        turns += _pair(entry(pair, place, asker), entry(pair, place, "assistant"), f"`{asker}` of {place}", place)
     return turns
 
 
@@ -235,11 +254,12 @@ def entry(item: object, place: str, key: str) -> object:
         DataError: `item` is no object or lacks the key.
     """
     if not isinstance(item, dict) or key not in item:
+        keys = set(item) if isinstance(item, dict) else set()
         remedy = ""
-        if isinstance(item, dict) and {"role", "content"} <= set(item) and key in ("from", "value"):
-            remedy = "Turns with `role` and `content` belong under `messages`."
-        elif isinstance(item, dict) and {"from", "value"} <= set(item) and key in ("role", "content"):
-            remedy = "Turns with `from` and `value` belong under `conversations`."
+        if {"role", "content"} <= keys and key in ("from", "value"):
+            remedy = _UNDER_THE_OTHER.format("role", "content", "messages", "conversations")
+        elif {"from", "value"} <= keys and key in ("role", "content"):
+            remedy = _UNDER_THE_OTHER.format("from", "value", "conversations", "messages")
         raise DataError(f'{place} has no "{key}"', remedy=remedy)
     return item[key]
 

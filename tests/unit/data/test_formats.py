@@ -101,6 +101,24 @@ def test_query_and_response_of_ms_swift() -> None:
     assert in_front.messages[0] == user(image("a.jpg"), "\n", image("b.jpg"), "\nQ1")
 
 
+def test_pairs_of_ms_swift() -> None:
+    pairs = [{"human": "<image>Q1", "assistant": "A1"}, {"human": "Q2", "assistant": "A2"}]
+    assert read({"system": "S", "conversation": pairs, "images": ["a"]}).messages == (
+        system("S"),
+        user(image("a"), "Q1"),
+        assistant("A1"),
+        user("Q2"),
+        assistant("A2"),
+    )
+    assert 'pair 1 of `conversation` has no "human"' in reason({"conversation": [{"user": "x", "assistant": "y"}]})
+
+
+def test_turns_under_the_other_name_say_how_to_read_them() -> None:
+    row = {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    assert "say `columns: {messages: conversations}` at the source." in reason(row)
+    assert read(row, columns={"messages": "conversations"}).messages == (user("q"), assistant("a"))
+
+
 def test_messages_of_ms_swift_with_boxes() -> None:
     row = {
         "messages": [
