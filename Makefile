@@ -35,6 +35,7 @@ format: $(VENV)/installed-dev ## format the code
 
 bench: $(VENV)/installed-bench ## the measurements of docs/performance.md
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/python benchmarks/train.py
 
 schema: $(VENV)/installed ## write the JSON schema of a run's YAML
