@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import config, measured, rows_of
 
-from tests.plans import config, measured, rows_of
 from vlmtune.data.bad_rows import BAD_ROWS_FILE, judge, usable_rows, write_bad_rows
 from vlmtune.data.measure import BadRow
 from vlmtune.errors import DataError

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import all_steps, config, measured, plan_of, rows_of
 
-from tests.plans import all_steps, config, measured, plan_of, rows_of
 from vlmtune.data.measure import BadRow
 from vlmtune.data.packing import make_eval_plan, make_plan
 from vlmtune.errors import ConfigError, DataError

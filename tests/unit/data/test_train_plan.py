@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import all_steps, config, measured, plan_of, rows_of
 
-from tests.plans import all_steps, config, measured, plan_of, rows_of
 from vlmtune.data.bins import deal
 from vlmtune.data.packing import make_plan
 from vlmtune.data.train_plan import TrainPlan
