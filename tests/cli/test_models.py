@@ -182,3 +182,5 @@ def test_info_counts_parameters_without_reading_weights(
     assert sum(described["parameters"].values()) == sum(tensor.numel() for tensor in tensors.values())
     assert (described["unknown"], described["missing"]) == (0, 0)
     assert described["pictures"]["448×448"][0] > 0
+    assert described["frames"]["448×448"][0] > 0
+    assert described["video"].count("<frame>") == 2 and described["box"][0]

@@ -64,6 +64,9 @@ def _machine() -> dict[str, Any]:
     return {"versions": versions(PACKAGES + extras), "platform": sys.platform, "devices": devices}
 
 
+_UNITS = {"thousand": "0–1000 of the picture", "pixels": "pixels after the resize", "unit": "0–1 of the picture"}
+
+
 def _print(model: Description) -> None:
     chat = model.chat
     total = sum(model.parameters.values())
@@ -82,6 +85,8 @@ def _print(model: Description) -> None:
         ("parameters", f"{_short(total)}: {shares}"),
         ("prompt", repr(chat["prompt"])),
         ("answer", f"{chat['answer']!r}, ends at the ids {', '.join(map(str, chat['stop_ids']))}"),
+        ("video", repr(model.video)),
+        ("box", f"{model.box[0]!r} for left 10 %, top 10 %, right 50 %, bottom 50 % ({_UNITS[model.box[1]]})"),
         ("system turn", "yes" if chat["system"] else "not in this template"),
         ("packing", "yes" if model.why_not_packed is None else f"no, rows are padded: {model.why_not_packed}"),
     ]
@@ -89,9 +94,9 @@ def _print(model: Description) -> None:
         lines.append(("warning", f"{model.unknown} tensors that the model does not take, {model.missing} missing ones"))
     for name, text in lines:
         print(f"{name:<14} {text}")
-    print("\npicture (width×height) -> tokens, tiles")
+    print("\nwidth×height -> tokens and tiles of a picture, tokens of a frame")
     for size, (tokens, tiles) in model.pictures.items():
-        print(f"  {size:<12} {tokens:>6} {tiles:>4}")
+        print(f"  {size:<12} {tokens:>6} {tiles:>4} {model.frames[size][0]:>6}")
 
 
 def _short(count: int) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vlmtune.data.sample import Size
+from vlmtune.data.boxes import write_box
+from vlmtune.data.lay import lay
+from vlmtune.data.sample import Box, MediaRef, Message, Size, Video
+from vlmtune.data.video import Film
 from vlmtune.infer.locate import Located
 from vlmtune.models.family import ChatFormat, OpenedFolder
 from vlmtune.models.load import open_folder
 from vlmtune.weights.names import name_table, skeleton
 from vlmtune.weights.shards import Shards, dtype_name, read_header
 
+_WHOLE, _BOX = (640, 480), Box((64, 48, 320, 240))
 SIZES: tuple[Size, ...] = ((224, 224), (448, 448), (640, 480), (1280, 720), (1920, 1080), (1080, 2400))
 
 
@@ -21,7 +25,9 @@ SIZES: tuple[Size, ...] = ((224, 224), (448, 448), (640, 480), (1280, 720), (192
 class Description:
     """parameters: numbers in the files per component, tied tensors once. unknown: tensors that the model does not take.
 
-    pictures: (width, height) -> (ids in the sequence, tiles). packs: None, or why rows are padded instead.
+    pictures: (width, height) -> (ids in the sequence, tiles). frames: the same for a frame of a video. video: two
+    frames as they stand in a prompt. box: how one is written, and its unit. why_not_packed: None, or why rows are
+    padded instead.
     """
 
     path: str
@@ -35,6 +41,9 @@ class Description:
     missing: int
     chat: dict[str, Any]
     pictures: dict[str, tuple[int, int]]
+    frames: dict[str, tuple[int, int]]
+    video: str
+    box: tuple[str, str]
     why_not_packed: str | None
     adapter: dict[str, Any] | None
 
@@ -74,15 +83,26 @@ def describe(located: Located) -> Description:
         unknown=len(shards) - len(table.module_of),
         missing=len(missing),
         chat=_chat(opened.chat),
-        pictures={f"{w}×{h}": _cost(opened, (w, h)) for w, h in SIZES},
+        pictures={f"{w}×{h}": _cost(opened, (w, h), is_frame=False) for w, h in SIZES},
+        frames={f"{w}×{h}": _cost(opened, (w, h), is_frame=True) for w, h in SIZES},
+        video=_video(opened.chat),
+        box=(write_box(_BOX, opened.family.plan([_WHOLE], opened.spec), opened.boxes), opened.boxes.unit),
         why_not_packed=opened.why_not_packed,
         adapter=_adapter(located.path) if located.base else None,
     )
 
 
-def _cost(opened: OpenedFolder, size: Size) -> tuple[int, int]:
-    (plan,) = opened.family.plan([size], opened.spec)
+def _cost(opened: OpenedFolder, size: Size, *, is_frame: bool) -> tuple[int, int]:
+    (plan,) = opened.family.plan([size], opened.spec, [is_frame])
     return plan.num_tokens, plan.num_tiles
+
+
+def _video(chat: ChatFormat) -> str:
+    """The user's content when it is a video of which two frames are shown."""
+    ref = MediaRef(path="")
+    film = Film((ref, ref), ((1, 1), (1, 1)), (0.0, 9.96), 10.0)
+    pieces = lay([Message("user", (Video(ref),))], replace(chat, opening="", bridge=""), prompt=True, films=[film])
+    return "".join("<frame>" if isinstance(piece, int) else piece.text for piece in pieces)
 
 
 def _chat(chat: ChatFormat) -> dict[str, Any]:
