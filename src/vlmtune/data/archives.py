@@ -6,10 +6,12 @@ one name are read as one, in their order, and none may be missing.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from vlmtune.data.paths import inline, without_file_scheme
 from vlmtune.data.patterns import files_of, is_pattern
-from vlmtune.data.remember import remembered
+from vlmtune.data.remember import Known, remembered
 from vlmtune.data.sample import MediaRef
 from vlmtune.data.tar_index import FILE, KINDS, hashable, index_tar, name_hash, plain_name
 from vlmtune.errors import DataError
@@ -125,6 +127,7 @@ class Members:
 
     Attributes:
         parts: all files, in order.
+        digest: a hash of all names and places, independent of where the files lie.
     """
 
     def __init__(self, archives: Sequence[Archive], memory: Path | None = None) -> None:
@@ -139,25 +142,22 @@ class Members:
     def _open(self) -> None:
         self.parts = tuple(part for archive in self.archives for part in archive.parts)
         if len(self.archives) == 1:
-            arrays = self._learnt(0)
+            arrays, notes = self._learnt(0)
         else:
             # One table to search in, however many archives; a new archive is read, the others are remembered.
-            arrays = remembered(self._memory, "tars-1", self.parts, lambda: (_joined(self._each()), {}))[0]
+            arrays, notes = remembered(self._memory, "tars-2", self.parts, lambda: _known(self._each()))
+        self.digest = str(notes["digest"])
         self._arrays = arrays
         # Byte offsets count through all archives' parts, so one search finds a part.
         self._part_starts = np.concatenate([[0], np.cumsum(arrays["part_sizes"])])
         self._name_blob, self._name_starts = arrays["names"], arrays["name_starts"]
 
-    def _learnt(self, which: int) -> Mapping[str, np.ndarray]:
+    def _learnt(self, which: int) -> Known:
         archive = self.archives[which]
-
-        def learn() -> tuple[dict[str, np.ndarray], dict[str, object]]:
-            return _joined([index_tar(archive.parts, archive.name)]), {}
-
-        return remembered(self._memory, "tar-1", list(archive.parts), learn)[0]
+        return remembered(self._memory, "tar-2", archive.parts, partial(_index, archive))
 
     def _each(self) -> list[Mapping[str, np.ndarray]]:
-        return [self._learnt(which) for which in range(len(self.archives))]
+        return [self._learnt(which)[0] for which in range(len(self.archives))]
 
     def __getstate__(self) -> dict[str, object]:
         if self._memory is None:
@@ -240,6 +240,19 @@ class Members:
         return self._name_blob[int(self._name_starts[i]) : int(self._name_starts[i + 1])].tobytes()
 
 
+def _index(archive: Archive) -> Known:
+    return _known([index_tar(archive.parts, archive.name)])
+
+
+def _known(each: Sequence[Mapping[str, np.ndarray]]) -> Known:
+    """The arrays of some archives as those of one, and their digest."""
+    arrays = _joined(each)
+    digest = hashlib.blake2b(digest_size=16)
+    for name in ("names", "name_starts", "offsets", "lengths", "kinds", "part_sizes"):
+        digest.update(np.ascontiguousarray(arrays[name]).data)
+    return arrays, {"digest": digest.hexdigest()}
+
+
 def _joined(each: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """The arrays of several archives as those of one, offsets and names counted through; with the order of hashes.
 
@@ -269,6 +282,10 @@ class TarRoot:
 
     def __init__(self, members: Members) -> None:
         self.members = members
+
+    @property
+    def digest(self) -> str:
+        return self.members.digest
 
     def locate(self, name: str) -> MediaRef:
         """The reference behind a member's name or a ``data:`` URI.

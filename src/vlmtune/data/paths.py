@@ -25,6 +25,11 @@ _WINDOWS = re.compile(r"[A-Za-z]:[\\/](?!/)")
 class Root(Protocol):
     """From what a row says about a medium to where its bytes are."""
 
+    @property
+    def digest(self) -> str:
+        """Changes when a name may lead to another place in the same file; empty where names lead to whole files."""
+        ...
+
     def locate(self, name: str) -> MediaRef: ...
 
 
@@ -37,6 +42,8 @@ class MediaRoot:
         more: absolute folders where a relative path is looked for, in order, when `base` has no such file.
         allow: absolute folders outside these that absolute paths may point into.
     """
+
+    digest = ""
 
     def __init__(self, base: str, *, why: str, more: tuple[str, ...] = (), allow: tuple[str, ...] = ()) -> None:
         self.base = os.path.normpath(base)
@@ -150,6 +157,10 @@ class RenamedRoot:
         self._root = root
         longest_first = sorted(prefixes.items(), key=lambda pair: -len(pair[0]))
         self._prefixes = tuple((_slashed(old).rstrip("/"), new) for old, new in longest_first)
+
+    @property
+    def digest(self) -> str:
+        return self._root.digest
 
     def locate(self, name: str) -> MediaRef:
         """See `MediaRoot.locate`."""

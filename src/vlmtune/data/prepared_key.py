@@ -58,7 +58,8 @@ def _root(source: Source) -> list[str]:
     root = source.options.model_dump(include={"root"}).get("root")
     folder = os.path.dirname(source.rows.files[0])
     roots = [root] if isinstance(root, str) else list(root or ())
-    return [os.path.relpath(path, folder) for path in roots]
+    # References into a tar are offsets, so an archive that was written again makes them void.
+    return [*(os.path.relpath(path, folder) for path in roots), *filter(None, [source.media.digest])]
 
 
 def _hash(path: Path) -> str | None:

@@ -298,6 +298,21 @@ def test_the_index_is_remembered_and_learnt_again_after_a_change(
     assert "no member 2/7" in reason(changed.locate, "2/7")
 
 
+def test_prepared_rows_are_void_when_their_tar_was_packed_anew(tmp_path: Path) -> None:
+    rows = str(lines(tmp_path / "rows.jsonl", "1.png"))
+    members = [("1.png", picture_bytes(1)), ("2.png", picture_bytes(2))]
+
+    def digest(order: int) -> str:
+        write_tar(tmp_path / "x.tar", members[::order])
+        source = SourceConfig(path=rows, root=str(tmp_path / "x.tar"), replace_prefix={"/a": "b"})
+        return open_corpus([source], memory=tmp_path / "memory").sources[0].media.digest
+
+    first = digest(1)
+    assert first
+    assert digest(-1) != first
+    assert digest(1) == first
+
+
 def test_without_a_memory_a_pickle_carries_the_index(tmp_path: Path) -> None:
     root = root_of(write_tar(tmp_path / "x.tar", [("a", b"1")]))
     assert pickle.loads(pickle.dumps(root)).locate("a") == root.locate("a")
