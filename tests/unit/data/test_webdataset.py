@@ -239,3 +239,46 @@ def test_shards_as_a_source(tmp_path: Path) -> None:
     caption = corpus.sample(3)
     assert (caption.messages[0].text.strip(), caption.messages[1].text) == ("Describe it.", "A cat.")
     assert media.read_bytes(caption.images[0].ref) == picture_bytes(9)
+
+
+_names = st.sampled_from(["17.0.png", "0.png", "png", "17", "x.png", "", "data:image/png;base64,QUJD", "../x", "/x"])
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | _names,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["url", "image", "image_url", "type", "content", "role", "text"]), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+_parts = st.fixed_dictionaries(
+    {"type": st.sampled_from(["image", "image_url", "text", "video"])},
+    optional={
+        "image": _values,
+        "image_url": _values,
+        "url": _values,
+        "text": _values,
+    },
+)
+_turns = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.lists(_parts | _values)})
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    row=st.dictionaries(st.sampled_from(["image", "images", "video", "conversations", "messages"]), _values)
+    | st.fixed_dictionaries({"messages": _turns | _values}, optional={"images": _values}),
+    pictures=st.integers(0, 2),
+)
+def test_any_json_gives_a_sample_or_a_data_error(
+    tmp_path_factory: pytest.TempPathFactory, row: object, pictures: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.tar"
+    write_tar(path, [("17.json", json.dumps(row)), *((f"17.{i}.png", picture_bytes(i)) for i in range(pictures))])
+    corpus = open_corpus([SourceConfig(path=str(path))])
+    try:
+        corpus.sample(0)
+    except DataError as error:
+        assert error.where == "any.tar:17.json"
