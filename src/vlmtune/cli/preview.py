@@ -42,12 +42,15 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     environment.allow_network(config.model.path)
 
+    from vlmtune.data.prepare import prepared_folder
     from vlmtune.data.preview import first_rows
     from vlmtune.data.row_encoder import RowEncoder
     from vlmtune.data.sources import open_corpus
     from vlmtune.models.load import open_folder
 
-    corpus = open_corpus(config.data.sources, allow=config.data.allow)
+    known = prepared_folder(config)  # the indices that check and prepare left; a look at rows makes no folder
+    memory = known if known.is_dir() else None
+    corpus = open_corpus(config.data.sources, allow=config.data.allow, memory=memory)
     rows = [corpus.find(args.row)] if args.row else first_rows(corpus, config, max(args.n, 1))
     encoder = RowEncoder(corpus, open_folder(config.model.path, config.media))
     if args.html is not None:
