@@ -14,7 +14,7 @@ import pytest
 from videos import KINDS, SIZE, number_of, write_video
 
 from vlmtune.config.schema import MediaOptions, VideoOptions
-from vlmtune.data import media, video
+from vlmtune.data import containers, media, video
 from vlmtune.data.sample import MediaRef
 from vlmtune.errors import DataError, UsageError
 
@@ -62,7 +62,7 @@ def test_frames_reached_by_jumps_equal_those_reached_in_order(
     indices = [3, 70, 71, 107, 120, 131, 132, 133, 200, 249]
     jumped = [np.asarray(p) for p in video.open_pictures([MediaRef(path=str(path), frame=i) for i in indices], OPTIONS)]
     assert [number_of(PIL.Image.fromarray(p)) for p in jumped] == indices
-    monkeypatch.setattr(video, "_WORTH_A_TABLE", 10_000)
+    monkeypatch.setattr(containers, "_WORTH_A_TABLE", 10_000)
     plain = video.open_pictures([MediaRef(path=str(path), frame=i) for i in indices], OPTIONS)
     assert all(np.array_equal(a, np.asarray(b)) for a, b in zip(jumped, plain, strict=True))
 
@@ -70,15 +70,15 @@ def test_frames_reached_by_jumps_equal_those_reached_in_order(
 def test_jumps_decode_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", codec="libx264", num_frames=250, g="12", bf="3")
     seen = []
-    real = video._by_jumps
+    real = containers._by_jumps
 
     def counting(*args: object) -> object:
         for frame in real(*args):
             seen.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(video, "_by_jumps", counting)
-    monkeypatch.setattr(video, "_decoded", lambda *_: pytest.fail("went through the file in order"))
+    monkeypatch.setattr(containers, "_by_jumps", counting)
+    monkeypatch.setattr(containers, "_decoded", lambda *_: pytest.fail("went through the file in order"))
     assert numbers(path, [0, 100, 249]) == [0, 100, 249]
     assert len(seen) == 3
 
