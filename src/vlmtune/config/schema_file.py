@@ -22,7 +22,7 @@ def json_schema() -> dict[str, Any]:
     lists = definitions["XTunerLists"]["properties"]
     for name in ("data_paths", "image_folders"):
         _or(lists, name, {"type": "string", "minLength": 1})
-    _or(lists, "repeat_times", {"type": "number", "exclusiveMinimum": 0})
+    _or(lists, "repeat_times", lists["repeat_times"]["items"])
     # Without `method` it is full tuning, so a section may not match both.
     definitions["LoraTuning"]["required"] = ["method"]
     # `train:` with everything commented out.

@@ -26,13 +26,17 @@ class Read(Section):
     `{answer: label, image: photo}`; `meta.label` is the key `label` of the object `meta`."""
 
 
+MAX_REPEAT = 1_000_000  # more is a slip of the keyboard, and no memory holds the plan of such an epoch
+MAX_CHOOSE = 2_000_000_000
+
+
 class Mixed(Read):
     """How often the rows of a source come in an epoch: one of the three, else once."""
 
-    repeat: Annotated[float, Field(gt=0)] | None = None
+    repeat: Annotated[float, Field(gt=0, le=MAX_REPEAT)] | None = None
     """How often each row comes in an epoch (1 when nothing is said); 1.5 takes half of the rows twice, seeded. On a
     list of files it multiplies what the list says."""
-    choose: Annotated[int, Field(ge=1)] | None = None
+    choose: Annotated[int, Field(ge=1, le=MAX_CHOOSE)] | None = None
     """Rows that an epoch takes, whatever the source holds: every row as evenly as possible."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share of the rows among all sources with a weight, which together give as many rows as they hold."""
@@ -89,7 +93,7 @@ class XTunerLists(Read):
     """Annotation files."""
     image_folders: tuple[PathText | None, ...] = ()
     """Media folder of each file; null for rows without pictures. Left out: the folder of each file."""
-    repeat_times: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    repeat_times: tuple[Annotated[float, Field(gt=0, le=MAX_REPEAT)], ...] = ()
     """How often each row of each file comes in an epoch, fractions included; once when left out."""
 
     @model_validator(mode="before")

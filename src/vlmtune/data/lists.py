@@ -25,6 +25,8 @@ from decimal import Decimal
 from typing import Any
 
 from vlmtune.config.schema import AnySource, HubSource, ImageOptions, Read, SourceConfig, XTunerLists
+from vlmtune.config.sources import MAX_CHOOSE, MAX_REPEAT
+from vlmtune.data.formats import cut
 from vlmtune.data.json_rows import parse_row
 from vlmtune.data.mixture import exact_count
 from vlmtune.errors import DataError
@@ -92,7 +94,9 @@ def _meta_of(path: str) -> Mapping[str, Any] | None:
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise DataError(f"the key {twice!r} stands twice in one object", where=name, remedy="Rename one of them.")
+            raise DataError(
+                f"the key {cut(repr(twice), 100)} stands twice in one object", where=name, remedy="Rename one of them."
+            )
         return found
 
     try:
@@ -108,9 +112,10 @@ def _meta_of(path: str) -> Mapping[str, Any] | None:
 def _internvl(source: SourceConfig, meta: Mapping[str, Any]) -> list[Listed]:
     label = os.path.basename(source.path)
     _only_repeat(source, label)
-    entries = {f"{label}: {name}": _checked_entry(entry, f"{label}: {name}") for name, entry in meta.items()}
-    base = _base(source, {where: entry["annotation"] for where, entry in entries.items()})
-    return [_entry_source(source, entry, where, base) for where, entry in entries.items()]
+    places = [f"{label}: {cut(name, 100)}" for name in meta]
+    entries = [_checked_entry(entry, where) for entry, where in zip(meta.values(), places, strict=True)]
+    base = _base(source, [(where, entry["annotation"]) for entry, where in zip(entries, places, strict=True)])
+    return [_entry_source(source, entry, where, base) for entry, where in zip(entries, places, strict=True)]
 
 
 def _checked_entry(entry: object, where: str) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def _checked_entry(entry: object, where: str) -> dict[str, Any]:
             near = difflib.get_close_matches(key.lower(), _META_KEYS, n=1, cutoff=0.6)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise DataError(
-                f"the entry has the unknown key `{key}`{meant}", where=where, expected=", ".join(_META_KEYS)
+                f"the entry has the unknown key `{cut(key, 100)}`{meant}", where=where, expected=", ".join(_META_KEYS)
             )
     kinds: tuple[tuple[str, Any, str], ...] = (
         ("annotation", str, "the path of a .jsonl or .json file"),
@@ -146,7 +151,7 @@ def _checked_entry(entry: object, where: str) -> dict[str, Any]:
         value = entry.get(key)
         if value is not None and not 0 < value < float("inf"):
             raise DataError(
-                f"`{key}` is {value}",
+                f"`{key}` is {cut(str(value), 40)}",
                 where=where,
                 expected="more than 0",
                 remedy="Take the entry out of the list if none of its rows is wanted." if key == "repeat_time" else "",
@@ -159,7 +164,7 @@ def _entry_source(source: SourceConfig, entry: Mapping[str, Any], where: str, ba
     image = source.image
     if tiles is not None:
         image = (image or ImageOptions()).model_copy(update={"max_tiles": tiles})
-    repeat = _times(entry.get("repeat_time") or 1, source.repeat)
+    repeat = _times(entry.get("repeat_time") or 1, source.repeat, f"{where}: `repeat_time`")
     changed = {
         "path": os.path.join(base, entry["annotation"]),
         "root": source.root if root is None else os.path.normpath(os.path.join(base, root)),
@@ -184,7 +189,7 @@ def _xcomposer(source: SourceConfig) -> list[Listed]:
             where=without[0],
             expected="a number on every line, or on none (then every row comes once)",
         )
-    base = _base(source, {where: path for where, (path, _) in lines.items()})
+    base = _base(source, [(where, path) for where, (path, _) in lines.items()])
     found = []
     for where, (path, number) in lines.items():
         file = os.path.normpath(os.path.join(base, path))
@@ -216,10 +221,14 @@ def _numbered_paths(path: str, label: str) -> dict[str, tuple[str, str | None]]:
         *before, last = words.rsplit(None, 1)
         if _NUMBER.fullmatch(last):
             if not before:
-                raise DataError(f"the line holds the number {last} only", where=where, expected="<path> <number>")
+                raise DataError(
+                    f"the line holds the number {cut(last, 40)} only", where=where, expected="<path> <number>"
+                )
             found[where] = (before[0], last)
         elif before and _WITH_ENDING.search(before[0]) and not _WITH_ENDING.search(last):
-            raise DataError(f"{last!r} is not a number", where=where, expected="<path> <number>, as in `a.json 10`")
+            raise DataError(
+                f"{cut(repr(last), 100)} is not a number", where=where, expected="<path> <number>, as in `a.json 10`"
+            )
         else:
             found[where] = (words, None)
     if not found:
@@ -232,13 +241,20 @@ def _mixing(source: SourceConfig, number: str | None, where: str) -> dict[str, A
     if number is None:
         return {"repeat": source.repeat}
     if not Decimal(number) > 0:
-        raise DataError(f"the number is {number}", where=where, expected="more than 0", remedy="Take the line out.")
+        raise DataError(
+            f"the number is {cut(number, 40)}", where=where, expected="more than 0", remedy="Take the line out."
+        )
     if not source.given_num:
-        return {"repeat": _times(number, source.repeat)}
-    count = exact_count(Decimal(number) * _decimal(source.repeat), 1000)
+        return {"repeat": _times(number, source.repeat, where)}
+    thousands = Decimal(number) * _decimal(source.repeat)
+    if thousands * 1000 > MAX_CHOOSE:
+        raise DataError(
+            f"{cut(number, 40)} thousand rows are too many", where=where, expected=f"at most {MAX_CHOOSE:,} rows"
+        )
+    count = exact_count(thousands, 1000)
     if not count:
         raise DataError(
-            f"{number} thousand is less than half a row",
+            f"{cut(number, 40)} thousand is less than half a row",
             where=where,
             expected="at least 0.0005",
             remedy="If the numbers are ratios, say `given_num: false` at this source.",
@@ -263,35 +279,41 @@ def _decimal(number: float | str | None) -> Decimal:
     return Decimal(1 if number is None else str(number))
 
 
-def _times(number: float | str, factor: float | None) -> float:
-    return float(_decimal(number) * _decimal(factor))
+def _times(number: float | str, factor: float | None, where: str) -> float:
+    product = _decimal(number) * _decimal(factor)
+    if product > MAX_REPEAT:
+        raise DataError(f"every row would come {product:.3g} times", where=where, expected=f"at most {MAX_REPEAT:,}")
+    return float(product)
 
 
-def _base(source: SourceConfig, paths: Mapping[str, str]) -> str:
-    """The folder that the relative `paths` (place in the list -> path) start from; see the module's docstring."""
+def _base(source: SourceConfig, paths: Sequence[tuple[str, str]]) -> str:
+    """The folder that the relative `paths` (place in the list, path) start from; see the module's docstring."""
+    for where, path in paths:
+        if "\0" in path:
+            raise DataError("the path holds a zero byte", where=where)
     tried = [source.root] if isinstance(source.root, str) else []
     tried.append(os.path.dirname(source.path))
     while os.path.dirname(tried[-1]) != tried[-1]:
         tried.append(os.path.dirname(tried[-1]))
-    relative = {where: path for where, path in paths.items() if not os.path.isabs(path)}
+    relative = [(where, path) for where, path in paths if not os.path.isabs(path)]
     for folder in tried:
-        if all(_is_there(folder, path) for path in relative.values()):
+        if all(_is_there(folder, path) for _, path in relative):
             return folder
     where, path, best = _first_missing(tried, relative)
     root = f"{source.root} (`root` of the source), " if isinstance(source.root, str) else ""
     raise DataError(
-        f"there is no file {path} under {best}; the relative paths of the list were looked for in "
+        f"there is no file {cut(path, 300)} under {best}; the relative paths of the list were looked for in "
         f"{root}{os.path.dirname(source.path)} and the folders above",
         where=where,
         remedy="Correct the path, or set `root` of this source to the folder that the paths of the list start from.",
     )
 
 
-def _first_missing(folders: Sequence[str], paths: Mapping[str, str]) -> tuple[str, str, str]:
+def _first_missing(folders: Sequence[str], paths: Sequence[tuple[str, str]]) -> tuple[str, str, str]:
     """Place and path of the first file that is missing in the folder that has most of them."""
-    best = max(folders, key=lambda folder: sum(_is_there(folder, path) for path in paths.values()))
-    where = next(where for where, path in paths.items() if not _is_there(best, path))
-    return where, paths[where], best
+    best = max(folders, key=lambda folder: sum(_is_there(folder, path) for _, path in paths))
+    where, path = next((where, path) for where, path in paths if not _is_there(best, path))
+    return where, path, best
 
 
 def _is_there(folder: str, path: str) -> bool:

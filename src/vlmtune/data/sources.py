@@ -21,7 +21,7 @@ from vlmtune.data.archives import Members, TarRoot, archives_of, is_archive, nam
 from vlmtune.data.folders import settled
 from vlmtune.data.hub import fetched
 from vlmtune.data.json_rows import JsonRows
-from vlmtune.data.lists import expand
+from vlmtune.data.lists import Listed, expand
 from vlmtune.data.paths import MediaRoot, RenamedRoot, Root
 from vlmtune.data.patterns import files_of
 from vlmtune.data.sample import Sample
@@ -193,7 +193,7 @@ def open_corpus(sources: Sequence[AnySource], *, allow: Sequence[str] = (), memo
     settled_sources = [_settled(entry.source) for entry in listed]
     for source in settled_sources:
         check_columns(source.columns)
-    opened = [_open_rows(source, memory) for source in settled_sources]
+    opened = [_listed_rows(entry, source, memory) for entry, source in zip(listed, settled_sources, strict=True)]
     names = iter(_names([file for rows in opened for file in rows.files]))
     configured = [entry.source.hub if isinstance(entry.source, HubSource) else entry.source.path for entry in listed]
     patterns = iter(_names([path for path, rows in zip(configured, opened, strict=True) if len(rows.files) > 1]))
@@ -225,6 +225,14 @@ def _settled(source: SourceConfig | HubSource) -> SourceConfig:
             remedy="Take it out.",
         )
     return found
+
+
+def _listed_rows(entry: Listed, source: SourceConfig, memory: Path | None) -> Rows:
+    try:
+        return _open_rows(source, memory)
+    except DataError as error:
+        error.where = error.where or entry.where  # the line of the list that names the file
+        raise
 
 
 def _open_rows(source: SourceConfig, memory: Path | None) -> Rows:

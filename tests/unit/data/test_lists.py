@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -154,6 +155,7 @@ def test_paths_of_a_list_start_from_the_nearest_folder_that_has_them_all(folder:
     [
         ([], "meta.json: x: the entry is no object"),
         ({"root": "r", "repeat_time": 1}, "x: `annotation` is null; expected the path of a .jsonl"),
+        ({"annotation": "/a\0.jsonl"}, "x: the path holds a zero byte"),
         ({"annotation": ""}, "x: `annotation` is empty"),
         ({"annotation": 3}, "x: `annotation` is 3"),
         ({"annotation": "a.jsonl", "repeat_time": "2"}, 'x: `repeat_time` is "2"; expected a number'),
@@ -162,6 +164,7 @@ def test_paths_of_a_list_start_from_the_nearest_folder_that_has_them_all(folder:
         ({"annotation": "a.jsonl", "repeat_time": -1.5}, "x: `repeat_time` is -1.5"),
         ({"annotation": "a.jsonl", "repeat_time": float("nan")}, "x: `repeat_time` is nan"),
         ({"annotation": "a.jsonl", "repeat_time": float("inf")}, "x: `repeat_time` is inf"),
+        ({"annotation": "a.jsonl", "repeat_time": 1e300}, "x: `repeat_time`: every row would come 1e+300 times; exp"),
         ({"annotation": "a.jsonl", "max_dynamic_patch": 0}, "x: `max_dynamic_patch` is 0"),
         ({"annotation": "a.jsonl", "max_dynamic_patch": 1.5}, "x: `max_dynamic_patch` is 1.5; expected a whole number"),
         ({"annotation": "a.jsonl", "data_augment": "no"}, 'x: `data_augment` is "no"; expected true or false'),
@@ -187,6 +190,11 @@ def test_a_meta_file_that_is_broken_json(folder: Path) -> None:
     )
     for other in ('{"id": 1, "conversations": []}', '{"annotation": 3}\n{"annotation": 4}', "{}", '{"a": {"b": 1}}'):
         assert "the file begins with" in reason(write(folder, "m.json", other)), other
+
+
+def test_entries_whose_names_are_long_and_alike_are_all_read(folder: Path) -> None:
+    meta = {"x" * 200 + str(i): {"annotation": "a.jsonl"} for i in range(3)}
+    assert len(files(write(folder, "meta.json", meta))) == 3
 
 
 def test_mixing_beside_a_list(folder: Path) -> None:
@@ -234,6 +242,44 @@ def test_counts_of_internvl_over_the_official_table(folder: Path) -> None:
     assert verdicts["equal"] > 60 and set(verdicts) <= VERDICTS
 
 
+def test_mutated_lists_are_read_or_refused_and_never_a_traceback(folder: Path) -> None:
+    rng = random.Random(3)
+    entry = {"root": ".", "annotation": "a.jsonl", "repeat_time": 0.5, "length": 10, "data_augment": False}
+    good = {
+        "meta.json": json.dumps({"x": entry, "y": {"annotation": "b.jsonl"}}),
+        "data.txt": "a.jsonl 1\nb.jsonl 0.5\n",
+    }
+    inserted = [
+        b"\xff",
+        b"\x00",
+        b"9" * 5000,
+        b"[" * 20_000,
+        b'"',
+        b"{",
+        b"null",
+        b"\n",
+        b" ",
+        b"..",
+        b"/",
+        b"-",
+        b"e99",
+    ]
+    refused = 0
+    for i in range(800):
+        name = sorted(good)[i % 2]
+        raw = bytearray(good[name].encode())
+        for _ in range(rng.choice([1, 1, 3])):
+            at = rng.randrange(len(raw) + 1)
+            raw[at : at + rng.choice([0, 0, 1, 9])] = rng.choice([b"", *inserted])
+        try:
+            expand([write(folder, name, bytes(raw)).model_copy(update={"given_num": i % 3 > 0})])
+            open_corpus([SourceConfig(path=str(folder / name))])
+        except DataError as error:
+            assert "\n" not in str(error) and error.where
+            refused += 1
+    assert refused > 300
+
+
 # XComposer
 
 
@@ -272,10 +318,11 @@ def test_media_of_a_data_txt_start_from_the_file_or_from_the_list(folder: Path) 
         ("a.jsonl 0\n", "data.txt:1: the number is 0; expected more than 0. Take the line out."),
         ("a.jsonl -1\n", "data.txt:1: the number is -1"),
         ("a.jsonl 0.0004\n", "data.txt:1: 0.0004 thousand is less than half a row"),
+        ("a.jsonl 1e300\n", "data.txt:1: 1e300 thousand rows are too many; expected at most 2,000,000,000 rows"),
         ("a.jsonl 10k\n", "data.txt:1: '10k' is not a number; expected <path> <number>"),
         ("a.jsonl 1,5\n", "data.txt:1: '1,5' is not a number"),
         ("a.jsonl 10 20\n", "data.txt:1: there is no file a.jsonl 10 under"),
-        ("10\n", "data.txt:1: the line holds the number 10 only"),
+        ("10\n", "data.txt:1: the line holds the number 10 only; expected <path>"),
         ("\n# nothing\n", "data.txt: the list is empty"),
         ("gone.json 3\n", "data.txt:1: there is no file gone.json under"),
         ("a.txt 3\n", "data.txt:1: there is no file a.txt"),
