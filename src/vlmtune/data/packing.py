@@ -19,6 +19,7 @@ from vlmtune.data.mixture import Mixture, exact_count, make_mixture, mixing_text
 from vlmtune.data.sources import Corpus
 from vlmtune.data.train_plan import RowsPlan, TokensPlan, TrainPlan
 from vlmtune.errors import ConfigError, DataError
+from vlmtune.progress import track
 
 
 class Plan(Protocol):
@@ -170,7 +171,7 @@ def _plan_tokens(mixture: Mixture, measured: Measured, config: RunConfig, *, wor
             sizes.append(len(starts) - 1)
         return sizes[epoch]
 
-    taken = _packs_taken(config.train, packs, num_packs)
+    taken = _packs_taken(config.train, packs, num_packs, takes_long=filled is None)
     return TokensPlan(
         mixture=mixture,
         num_tokens=measured.num_tokens,
@@ -185,7 +186,7 @@ def _plan_tokens(mixture: Mixture, measured: Measured, config: RunConfig, *, wor
     )
 
 
-def _packs_taken(train: TrainConfig, packs: Callable[[int], int], per_step: int) -> list[int]:
+def _packs_taken(train: TrainConfig, packs: Callable[[int], int], per_step: int, *, takes_long: bool) -> list[int]:
     """Packs that are trained in each epoch; `packs` says how many one has."""
     taken: list[int] = []
     if train.max_steps is not None:
@@ -195,7 +196,8 @@ def _packs_taken(train: TrainConfig, packs: Callable[[int], int], per_step: int)
             left -= ceil(taken[-1] / per_step)
         return taken
     whole = int(train.epochs)
-    taken = [packs(epoch) for epoch in range(whole)]
+    epochs = track(range(whole), total=whole, label="packing epochs") if takes_long else range(whole)
+    taken = [packs(epoch) for epoch in epochs]
     if train.epochs > whole:
         _, rest = _epochs_and_rest(train.epochs, packs(whole))
         taken += [rest] if rest else []

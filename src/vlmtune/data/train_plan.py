@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import ceil
 
 import numpy as np
@@ -244,10 +245,14 @@ class TokensPlan(TrainPlan):
         self._check(step)
         return np.concatenate(self._deal(step))
 
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        """int64 (epochs,): the step after the last one of each epoch."""
+        return np.cumsum(-(-self.taken_packs // self.micro_batches_per_step))
+
     def _place(self, step: int) -> tuple[int, int, int, int]:
-        ends = np.cumsum(-(-self.taken_packs // self.micro_batches_per_step))
-        epoch = int(np.searchsorted(ends, step, side="right"))
-        place = step - (int(ends[epoch - 1]) if epoch else 0)
+        epoch = int(np.searchsorted(self._ends, step, side="right"))
+        place = step - (int(self._ends[epoch - 1]) if epoch else 0)
         start = place * self.micro_batches_per_step
         end = min(start + self.micro_batches_per_step, int(self.taken_packs[epoch]))
         return epoch, start, end, int(self.epoch_packs[epoch])
