@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import all_steps, config, measured, plan_of, rows_of
 
+from vlmtune.config.sources import Mixed
 from vlmtune.data.measure import BadRow
+from vlmtune.data.mixture import epoch_counts
 from vlmtune.data.packing import make_eval_plan, make_plan
 from vlmtune.errors import ConfigError, DataError
 
@@ -86,6 +88,51 @@ def test_step_to_rows_knows_nothing_of_world_packing_or_micro_batches(
     assert plan_of(lengths, global_batch_size=24, seed=seed, epochs=3).digest == plans[0].digest, "a prolonged run"
     assert plan_of(lengths, global_batch_size=24, seed=seed + 1, epochs=2).digest != plans[0].digest
     assert plan_of(lengths, global_batch_size=23, seed=seed, epochs=2).digest != plans[0].digest
+
+
+way = st.one_of(
+    st.just({}),
+    st.integers(1, 8).map(lambda quarters: {"repeat": quarters / 2}),
+    st.integers(1, 30).map(lambda k: {"choose": k}),
+    st.integers(1, 4).map(lambda weight: {"weight": weight}),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sources=st.lists(st.tuples(st.integers(2, 12), way), min_size=1, max_size=3),
+    epochs=st.integers(1, 3),
+    batch=st.sampled_from([{"global_batch_size": 8}, {"global_batch_tokens": 400}]),
+    seed=st.integers(0, 3),
+)
+def test_mixed_sources_counted_over_the_micro_batches(
+    sources: list[tuple[int, dict[str, float]]], epochs: int, batch: dict[str, int], seed: int
+) -> None:
+    """Every source gives its count in each epoch, evenly over rows and epochs, however the run is laid out."""
+    sizes = [size for size, _ in sources]
+    lengths = np.random.default_rng(seed).integers(1, 100, sum(sizes))
+    counts = epoch_counts(sizes, [Mixed(**one) for _, one in sources])
+    if not all(counts):
+        return
+    settings = config(epochs=epochs, seed=seed, **batch)
+    steps = []
+    layouts = [(1, True), (2, True), (4, True)]
+    layouts += [(1, False), (4, False)] if "global_batch_size" in batch else []
+    for world, packed in layouts:
+        plan = make_plan(measured(lengths), rows_of(*sources), settings, world=world, packed=packed)
+        steps.append([sorted(row for micro in step for row in micro) for step in all_steps(plan)])
+        assert steps[-1] == steps[0]
+        seen: Counter[int] = Counter()
+        for number, step in enumerate(steps[-1]):
+            seen.update(step)
+            if plan.is_epoch_end(number):
+                done = round(plan.step_epoch(number))
+                first = 0
+                for size, count in zip(sizes, counts, strict=True):
+                    times = [seen[row] for row in range(first, first + size)]
+                    assert sum(times) == count * done and max(times) - min(times) <= 1
+                    first += size
+        assert seen.total() == epochs * sum(counts)
 
 
 @settings(max_examples=100, deadline=None)
