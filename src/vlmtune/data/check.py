@@ -20,8 +20,9 @@ from vlmtune.data.bad_rows import Judged, bad_row_dict, judge
 from vlmtune.data.measure import SMALL_SIDE, BadRow, Measured
 from vlmtune.data.mixture import epoch_counts, mixing_text
 from vlmtune.data.packing import plan_rows, refuse_mixing
-from vlmtune.data.prepare import Look, prepare, prepared_folder
+from vlmtune.data.prepare import prepare, prepared_folder
 from vlmtune.data.quick import look_over
+from vlmtune.data.shard_job import Look
 from vlmtune.data.sharing import resolve_packing
 from vlmtune.data.sources import Corpus, open_corpus
 from vlmtune.data.train_plan import TrainPlan

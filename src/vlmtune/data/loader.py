@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, get_worker_info
 from vlmtune.data.augment import jpeg_quality
 from vlmtune.data.collate import collate
 from vlmtune.data.packing import Plan
-from vlmtune.data.prepare import PreparedRows
+from vlmtune.data.prepared_rows import PreparedRows
 from vlmtune.data.sample import IGNORED, Batch, Encoded
 from vlmtune.errors import DataError, VlmtuneError
 from vlmtune.models.family import OpenedFolder

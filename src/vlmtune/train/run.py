@@ -17,7 +17,8 @@ from vlmtune.data.bad_rows import write_bad_rows
 from vlmtune.data.loader import MicroBatches
 from vlmtune.data.measure import BadRow
 from vlmtune.data.packing import Plan, make_eval_plan, make_plan
-from vlmtune.data.prepare import Prepared, PreparedRows, open_prepared, prepare, prepared_folder
+from vlmtune.data.prepare import Prepared, open_prepared, prepare, prepared_folder
+from vlmtune.data.prepared_rows import PreparedRows
 from vlmtune.data.sharing import resolve_packing
 from vlmtune.data.sources import open_corpus
 from vlmtune.data.train_plan import TrainPlan

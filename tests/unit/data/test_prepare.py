@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -25,11 +28,13 @@ from vlmtune.config.schema import ImageOptions, MediaOptions, SourceConfig
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import encode
 from vlmtune.data.measure import COLUMNS
-from vlmtune.data.prepare import Look, Prepared, merge, open_prepared, prepare, prepare_share
+from vlmtune.data.prepare import Prepared, merge, open_prepared, prepare, prepare_share
 from vlmtune.data.sample import Laid, MediaPlan, MediaRef
+from vlmtune.data.shard_job import Look
 from vlmtune.data.sources import Corpus, open_corpus
 from vlmtune.data.store import Shard, ShardWriter
 from vlmtune.errors import DataError, VlmtuneError
+from vlmtune.files import write_atomic
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import open_folder
 
@@ -229,7 +234,7 @@ def test_a_source_may_cut_its_pictures_in_its_own_way(
 def test_a_killed_process_is_said(
     corpus: Corpus, opened: OpenedFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlmtune.data.prepare._Job.__call__", lambda job, task: os._exit(9))
+    monkeypatch.setattr("vlmtune.data.shard_job.ShardJob.__call__", lambda job, task: os._exit(9))
     monkeypatch.setattr("vlmtune.data.prepare._SMALLEST", 64)
     with pytest.raises(VlmtuneError, match=r"a process that reads rows was killed .*data\.workers"):
         run(corpus, opened, tmp_path / "p", workers=2)
@@ -274,29 +279,58 @@ def test_any_row_comes_back_as_it_was_written(tmp_path_factory: pytest.TempPathF
         assert (found.places, found.media) == (row.places, row.media)
 
 
-@pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_and_ends_alike(tmp_path: Path, tiny_folder: Callable[[str], Path]) -> None:
-    lines = [json.dumps({"conversations": turns(f"What is {i}?", "It is " + "so " * (i % 50))}) for i in range(6000)]
+@pytest.fixture
+def many(tmp_path: Path) -> Corpus:
+    lines = [json.dumps({"conversations": turns(f"What is {i}?", "It is " + "so " * (i % 50))}) for i in range(1500)]
     (tmp_path / "n.jsonl").write_text("\n".join(lines))
-    run_yaml = tmp_path / "run.yaml"
-    run_yaml.write_text(f"model: {{path: {tiny_folder('internvl')}}}\ndata: {{sources: {{path: n.jsonl}}}}\n")
+    return open_corpus([SourceConfig(path=str(tmp_path / "n.jsonl"))])
 
-    def command(out: str) -> list[str]:
-        return [sys.executable, "-m", "vlmtune", "prepare", str(run_yaml), "-o", str(tmp_path / out)]
 
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    kills = 0
-    for shards in (1, 6, 15):
-        process = subprocess.Popen(command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list((tmp_path / "killed").rglob("0*.safetensors"))) < shards:
-            time.sleep(0.005)
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-    assert kills == 3
-    done = subprocess.run(command("killed"), check=True, capture_output=True, text=True)
-    assert " before (" in done.stdout and "6,000 items" in done.stdout
+def killed(work: Callable[[], object], stop: Callable[[], bool] = lambda: False) -> None:
+    """Runs `work` in a forked process that kills itself, or is killed once `stop` says so."""
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    while process.is_alive() and not stop():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", ["before the draft", "before the rename", "after the rename"])
+@pytest.mark.parametrize("num_written", [0, 1, 4])
+def test_killed_at_any_moment_it_goes_on_and_ends_alike(
+    many: Corpus, opened: OpenedFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, num_written: int
+) -> None:
+    run(many, opened, tmp_path / "whole")
+    written = itertools.count()
+
+    def write_and_die(path: Path, content: bytes) -> None:
+        if next(written) == num_written:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if moment == "before the rename":
+                path.with_name(f".{path.name}.0123abcd.part").write_bytes(content[:-5])
+            elif moment == "after the rename":
+                write_atomic(path, content)
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_atomic(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("vlmtune.data.store.write_atomic", write_and_die)
+        killed(lambda: run(many, opened, tmp_path / "killed"))
+    found = run(many, opened, tmp_path / "killed")
+    assert found.num_kept == 256 * (num_written + (moment == "after the rename"))
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_killed_with_its_workers_it_goes_on_and_ends_alike(many: Corpus, opened: OpenedFolder, tmp_path: Path) -> None:
+    run(many, opened, tmp_path / "whole")
+    seen = tmp_path / "killed"
+    killed(lambda: run(many, opened, seen, workers=2), stop=lambda: len(list(seen.rglob("0*.safetensors"))) >= 2)
+    assert run(many, opened, seen, workers=2).num_kept >= 512
+    time.sleep(1.5)  # workers of the killed process end a second later; what they leave goes with the next call
+    run(many, opened, seen, look="headers")
+    assert contents(seen) == contents(tmp_path / "whole")
 
 
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
