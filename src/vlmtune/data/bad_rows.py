@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def judge(measured: Measured, corpus: Corpus, data: DataConfig, also_bad: Sequen
     refusal = None
     if refused:
         refusal = _first_of(refused)
-    elif len(broken) > data.max_bad_share * len(corpus):
+    elif len(broken) > Fraction(str(data.max_bad_share)) * len(corpus):
         refusal = _over_the_cap(broken, corpus, data)
     return Judged(usable=usable, bad=sorted([*broken, *long], key=lambda row: row.index), refusal=refusal)
 

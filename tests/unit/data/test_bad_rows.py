@@ -61,6 +61,13 @@ def test_the_refusal_names_the_first_row_or_the_share() -> None:
         usable_rows(found, rows, config(data={**dropping, "max_bad_share": 0.005}).data)
 
 
+def test_a_share_is_a_decimal() -> None:
+    """29 of 100 rows are 0.29 of them; as binary numbers 0.29 · 100 is less than 29."""
+    found = measured(np.full(100, 10), [bad_row(i) for i in range(29)])
+    data = config(data={"bad_rows": "drop", "max_bad_share": 0.29}).data
+    assert judge(found, rows_of((100, {})), data).refusal is None
+
+
 def test_the_list_is_written_and_removed(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "new"
     assert write_bad_rows(folder, []) is None and not folder.exists()
