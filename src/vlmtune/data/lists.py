@@ -29,9 +29,11 @@ from vlmtune.config.sources import MAX_CHOOSE, MAX_REPEAT
 from vlmtune.data.formats import cut
 from vlmtune.data.json_rows import parse_row
 from vlmtune.data.mixture import exact_count
+from vlmtune.data.patterns import files_of, is_pattern
 from vlmtune.errors import DataError
 
 MAX_LIST_BYTES = 16 << 20  # a list of files; anything larger is something else
+MAX_PATH = 4096  # of Linux
 _META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
 _WITH_ENDING = re.compile(r"\.(json|jsonl|parquet|tar)$", re.IGNORECASE)
@@ -193,12 +195,17 @@ def _xcomposer(source: SourceConfig) -> list[Listed]:
     found = []
     for where, (path, number) in lines.items():
         file = os.path.normpath(os.path.join(base, path))
-        folders = tuple(dict.fromkeys((os.path.dirname(file), base)))
-        root = source.root if source.root is not None else folders if len(folders) > 1 else None
+        root = source.root if source.root is not None else _media_folders(file, base)
         found.append(
             Listed(source.model_copy(update={"path": file, "root": root, **_mixing(source, number, where)}), where)
         )
     return found
+
+
+def _media_folders(file: str, base: str) -> tuple[str, ...] | None:
+    """Where media of rows in JSON are: in the file's folder, then in the list's; None if that is the same."""
+    folder = os.path.dirname(file)
+    return (folder, base) if file.lower().endswith((".json", ".jsonl")) and folder != base else None
 
 
 def _numbered_paths(path: str, label: str) -> dict[str, tuple[str, str | None]]:
@@ -289,8 +296,11 @@ def _times(number: float | str, factor: float | None, where: str) -> float:
 def _base(source: SourceConfig, paths: Sequence[tuple[str, str]]) -> str:
     """The folder that the relative `paths` (place in the list, path) start from; see the module's docstring."""
     for where, path in paths:
-        if "\0" in path:
-            raise DataError("the path holds a zero byte", where=where)
+        if "\0" in path or len(path) > MAX_PATH:
+            found = "holds a zero byte" if "\0" in path else f"has {len(path):,} characters"
+            raise DataError(
+                f"the path {found}", where=where, expected=f"at most {MAX_PATH:,} characters, none of them 0"
+            )
     tried = [source.root] if isinstance(source.root, str) else []
     tried.append(os.path.dirname(source.path))
     while os.path.dirname(tried[-1]) != tried[-1]:
@@ -318,8 +328,12 @@ def _first_missing(folders: Sequence[str], paths: Sequence[tuple[str, str]]) -> 
 
 def _is_there(folder: str, path: str) -> bool:
     found = os.path.join(folder, path)
-    pattern = "*" in path or "{" in path
-    return os.path.exists(found) or (pattern and os.path.isdir(os.path.dirname(found)))
+    if not is_pattern(found):
+        return os.path.exists(found)
+    try:
+        return bool(files_of(found))
+    except DataError:
+        return False
 
 
 def _read(path: str, begins_with: bytes = b"") -> bytes | None:

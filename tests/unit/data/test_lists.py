@@ -297,6 +297,14 @@ def test_a_data_txt_with_counts_and_with_ratios(folder: Path) -> None:
     assert [one.choose for one in twice] == [10, 20]
 
 
+def test_a_line_may_name_a_pattern(folder: Path) -> None:
+    (folder / "list").mkdir()
+    source = write(folder, "list/data.txt", "sub dir/*.jsonl 1\n[a].jsonl 1\n")
+    assert [one.path for one in files(source)] == [f"{folder}/sub dir/*.jsonl", f"{folder}/[a].jsonl"]
+    assert open_corpus([source]).source_sizes == [10, 10]
+    assert "there is no file x*.jsonl under" in reason(write(folder, "list/data.txt", "x*.jsonl 1\n"))
+
+
 def test_media_of_a_data_txt_start_from_the_file_or_from_the_list(folder: Path) -> None:
     (folder / "img").mkdir()
     (folder / "img" / "a.png").touch()
