@@ -86,23 +86,23 @@ def film(ref: MediaRef, options: MediaOptions) -> Film:
 
 
 def _choose(found: Header, ref: MediaRef, options: VideoOptions) -> list[int]:
-    if options.fps is None:
-        indices = frame_indices(found.num_frames, options.num_frames or DEFAULT_FRAMES)
-    elif found.rate is None:
+    if options.fps is not None and found.rate is None:
         raise DataError(
             f"the video {media.name_of(ref)} has no frame rate, so fps cannot choose its frames",
             expected="a video file",
             remedy="Set model.video: {num_frames: N} instead.",
         )
-    else:
-        indices = frame_indices_by_rate(found.num_frames, found.rate, options.fps)
-    if len(indices) > MAX_FRAMES:
+    total, rate, fps = found.num_frames, found.rate or 1.0, options.fps
+    num_frames = options.num_frames or DEFAULT_FRAMES
+    # Before any list is made: a damaged header may announce billions of frames.
+    asked = min(num_frames, total) if fps is None else total / max(rate / fps, 1.0)
+    if asked > MAX_FRAMES:
         raise DataError(
-            f"{len(indices):,} frames of the video {media.name_of(ref)} are asked for",
+            f"{int(asked):,} frames of the video {media.name_of(ref)} are asked for",
             expected=f"at most {MAX_FRAMES:,}",
             remedy="Lower model.video.num_frames or model.video.fps, or cut the video.",
         )
-    return indices
+    return frame_indices(total, num_frames) if fps is None else frame_indices_by_rate(total, rate, fps)
 
 
 def sizes(refs: Sequence[MediaRef], options: MediaOptions) -> list[Size]:

@@ -241,6 +241,20 @@ def test_bombs_and_too_many_frames(tmp_path: Path) -> None:
     )
 
 
+def test_a_header_that_announces_billions_of_frames(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.avi", **KINDS["e.avi"])
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b"strh") + 8 + 32  # dwLength of the stream header
+    assert int.from_bytes(raw[at : at + 4], "little") == 40
+    raw[at : at + 4] = (3_000_000_000).to_bytes(4, "little")
+    path.write_bytes(raw)
+    assert "360,000,000 frames of the video a.avi are asked for; expected at most 4,096" in refused(
+        path, None, options(fps=3.0)
+    )
+    film = video.film(MediaRef(path=str(path)), options(num_frames=3))
+    assert "ends after 40 frames" in refused(path, [frame.frame for frame in film.frames])
+
+
 def test_nothing_stays_open(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", **KINDS["a.mp4"])
     before = len(os.listdir("/proc/self/fd"))
