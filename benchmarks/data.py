@@ -30,8 +30,8 @@ from typing import Any
 from made import machine, write_llava, write_pictures, write_rows
 
 from vlmtune.config.schema import SourceConfig
-from vlmtune.data.prepare import open_prepared, prepare
-from vlmtune.data.sources import Corpus, open_corpus
+from vlmtune.data.prepared.prepare import open_prepared, prepare
+from vlmtune.data.rows.corpus import Corpus, open_corpus
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import open_folder
 

@@ -30,8 +30,8 @@ import vlmtune
 from vlmtune.config.schema import RunConfig, SourceConfig
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import encode
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.data.sample import Batch, Encoded
-from vlmtune.data.sources import open_corpus
 from vlmtune.infer.session import to_device
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import load_model, open_folder

@@ -28,7 +28,7 @@ import transformers
 from made import machine, write_pictures
 
 from vlmtune.config.schema import MediaOptions
-from vlmtune.data import media
+from vlmtune.data.media import pictures
 from vlmtune.data.sample import MediaRef
 from vlmtune.models.auto.pictures import AutoSpec, picture_pixels
 
@@ -70,7 +70,7 @@ def through_transformers(encoded: bytes, processor: transformers.GotOcr2ImagePro
 
 
 def ours(encoded: bytes, spec: AutoSpec, options: MediaOptions) -> torch.Tensor:
-    picture = media.open_image(MediaRef(path="picture", inline=encoded), options)
+    picture = pictures.open_image(MediaRef(path="picture", inline=encoded), options)
     return picture_pixels(picture, spec)["pixel_values"]
 
 

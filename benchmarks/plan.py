@@ -22,9 +22,9 @@ from made import machine
 
 from vlmtune.config.schema import RunConfig
 from vlmtune.config.sources import Mixed
-from vlmtune.data.measure import COLUMNS, Measured
-from vlmtune.data.packing import make_plan
-from vlmtune.data.train_plan import TrainPlan
+from vlmtune.data.plan.packing import make_plan
+from vlmtune.data.plan.train_plan import TrainPlan
+from vlmtune.data.prepared.measure import COLUMNS, Measured
 
 MAX_LENGTH = 4096
 BATCHES = ({"global_batch_size": 128}, {"global_batch_size": 512}, {"global_batch_tokens": 64 * MAX_LENGTH})

@@ -19,8 +19,8 @@ from pathlib import Path
 from made import machine, write_llava, write_pictures, write_rows
 
 from vlmtune.config.sources import SourceConfig
-from vlmtune.data.quick import look_over
-from vlmtune.data.sources import open_corpus
+from vlmtune.data.checks.quick import look_over
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.models.load import open_folder
 
 

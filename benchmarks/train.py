@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader
 import vlmtune
 from vlmtune.config.schema import RunConfig
 from vlmtune.data.loader import MicroBatches
-from vlmtune.data.packing import make_plan
-from vlmtune.data.prepare import prepare, prepared_folder
-from vlmtune.data.sources import open_corpus
+from vlmtune.data.plan.packing import make_plan
+from vlmtune.data.prepared.prepare import prepare, prepared_folder
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.models.load import load_model, open_folder
 
 ROWS_PER_STEP = 8

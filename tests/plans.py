@@ -10,9 +10,9 @@ import numpy as np
 
 from vlmtune.config.schema import RunConfig
 from vlmtune.config.sources import Mixed
-from vlmtune.data.measure import COLUMNS, BadRow, Measured
-from vlmtune.data.packing import make_plan
-from vlmtune.data.train_plan import TrainPlan
+from vlmtune.data.plan.packing import make_plan
+from vlmtune.data.plan.train_plan import TrainPlan
+from vlmtune.data.prepared.measure import COLUMNS, BadRow, Measured
 
 
 @dataclass

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import encode
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.data.sample import Batch, Encoded
-from vlmtune.data.sources import open_corpus
 from vlmtune.models.load import load_model, open_folder
 from vlmtune.nn.stand_in import StandIn
 from vlmtune.train.loss import summed_cross_entropy

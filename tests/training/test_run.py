@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 from vlmtune.config.schema import SourceConfig
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import encode
-from vlmtune.data.sources import open_corpus
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.errors import ConfigError, DataError, RunFolderError
 from vlmtune.models.load import open_folder
 from vlmtune.train import checkpoint

@@ -39,9 +39,9 @@ def run(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from vlmtune.data.bad_rows import write_bad_rows
-    from vlmtune.data.check import check
-    from vlmtune.data.check_tables import render
+    from vlmtune.data.checks.render import render
+    from vlmtune.data.checks.report import check
+    from vlmtune.data.plan.bad_rows import write_bad_rows
     from vlmtune.errors import DataError
     from vlmtune.files import write_atomic
     from vlmtune.models.load import open_folder

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         )
     environment.allow_network(model)
     from vlmtune.config.schema import AnySource, SourceConfig
-    from vlmtune.data.sources import open_corpus
+    from vlmtune.data.rows.corpus import open_corpus
     from vlmtune.eval.run import evaluate, write_results
     from vlmtune.infer.locate import locate
     from vlmtune.infer.session import load_located

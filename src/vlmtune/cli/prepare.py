@@ -12,7 +12,7 @@ from vlmtune.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from vlmtune.config.schema import AnySource, RunConfig
-    from vlmtune.data.prepare import Prepared
+    from vlmtune.data.prepared.prepare import Prepared
     from vlmtune.models.family import OpenedFolder
 
 HELP = "tokenise the rows once into shards that check and train map: parallel, resumable, bounded memory"
@@ -61,8 +61,8 @@ def _prepare(
     title: str, sources: tuple[AnySource, ...], config: RunConfig, opened: OpenedFolder, args: argparse.Namespace
 ) -> int:
     """Prepares the training or the eval sources and says so; the number of bad rows."""
-    from vlmtune.data.prepare import merge, prepare, prepare_share, prepared_folder
-    from vlmtune.data.sources import open_corpus
+    from vlmtune.data.prepared.prepare import merge, prepare, prepare_share, prepared_folder
+    from vlmtune.data.rows.corpus import open_corpus
 
     into = prepared_folder(config)
     corpus = open_corpus(sources, allow=config.data.allow, memory=into)

@@ -42,10 +42,10 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     environment.allow_network(config.model.path)
 
-    from vlmtune.data.prepare import prepared_folder
+    from vlmtune.data.prepared.prepare import prepared_folder
     from vlmtune.data.preview import first_rows
     from vlmtune.data.row_encoder import RowEncoder
-    from vlmtune.data.sources import open_corpus
+    from vlmtune.data.rows.corpus import open_corpus
     from vlmtune.models.load import open_folder
 
     known = prepared_folder(config)  # the indices that check and prepare left; a look at rows makes no folder

@@ -12,8 +12,8 @@ import torch
 
 from vlmtune.data.augment import as_jpeg
 from vlmtune.data.encode import with_origin
+from vlmtune.data.media.video import open_pictures
 from vlmtune.data.sample import IGNORED, Batch, Encoded
-from vlmtune.data.video import open_pictures
 from vlmtune.errors import DataError
 from vlmtune.models.family import OpenedFolder
 

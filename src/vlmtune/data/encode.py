@@ -12,11 +12,11 @@ from typing import Literal
 
 import numpy as np
 
-from vlmtune.data import media
 from vlmtune.data.boxes import write_box
 from vlmtune.data.lay import Piece, lay
+from vlmtune.data.media import pictures
+from vlmtune.data.media.video import Film, film
 from vlmtune.data.sample import IGNORED, Encoded, Image, Laid, MediaPlan, MediaRef, Sample, Size, Span, Video
-from vlmtune.data.video import Film, film
 from vlmtune.errors import DataError, VlmtuneError
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.text import Run, Segment, join
@@ -81,13 +81,13 @@ class _Draft:
 def _draft(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> _Draft:
     try:
         found = _plan(sample, opened)
-        pictures = [plan for _, plan in found.media if not plan.is_frame]
+        planned = [plan for _, plan in found.media if not plan.is_frame]
         pieces = lay(
             sample.messages,
             opened.chat,
             prompt=prompt,
             films=found.films,
-            write_box=lambda box: write_box(box, pictures, opened.boxes),
+            write_box=lambda box: write_box(box, planned, opened.boxes),
         )
     except DataError as error:
         if error.where:
@@ -134,7 +134,7 @@ def _plan(sample: Sample, opened: OpenedFolder) -> _RowMedia:
     for part in (part for message in sample.messages for part in message.parts):
         if isinstance(part, Image):
             refs.append(part.ref)
-            sizes.append(media.size(part.ref, opened.media))
+            sizes.append(pictures.size(part.ref, opened.media))
         elif isinstance(part, Video):
             films.append(film(part.ref, opened.media))
             refs += films[-1].frames

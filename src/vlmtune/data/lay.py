@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
+from vlmtune.data.media.video import Film
 from vlmtune.data.sample import Box, Image, Message, Part, Text, Video
-from vlmtune.data.video import Film
 from vlmtune.errors import DataError
 from vlmtune.models.family import ChatFormat, FrameFormat
 from vlmtune.models.text import Segment

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset, get_worker_info
 
 from vlmtune.data.augment import jpeg_quality
 from vlmtune.data.collate import collate
-from vlmtune.data.packing import Plan
-from vlmtune.data.prepared_rows import PreparedRows
+from vlmtune.data.plan.packing import Plan
+from vlmtune.data.prepared.access import PreparedRows
 from vlmtune.data.sample import IGNORED, Batch, Encoded
 from vlmtune.errors import DataError, VlmtuneError
 from vlmtune.models.family import OpenedFolder

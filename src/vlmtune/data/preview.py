@@ -16,9 +16,9 @@ import numpy as np
 from rich.text import Text
 
 from vlmtune.config.schema import RunConfig
-from vlmtune.data.mixture import Mixture, make_mixture, mixing_text
+from vlmtune.data.plan.mixture import Mixture, make_mixture, mixing_text
+from vlmtune.data.rows.corpus import Corpus
 from vlmtune.data.sample import IGNORED, Encoded, MediaRef, Sample
-from vlmtune.data.sources import Corpus
 from vlmtune.models.family import OpenedFolder
 
 STYLES: dict[Kind, str] = {"trained": "bold green", "masked": "dim", "image": "cyan"}

@@ -16,10 +16,10 @@ import numpy as np
 import PIL.Image
 
 from vlmtune.config.schema import RunConfig
-from vlmtune.data import video
 from vlmtune.data.boxes import box_on, write_box
 from vlmtune.data.collate import row_pixels
 from vlmtune.data.encode import with_origin
+from vlmtune.data.media import video
 from vlmtune.data.preview import Kind, decode, films, media_counts, runs
 from vlmtune.data.row_encoder import RowEncoder
 from vlmtune.data.sample import Box, Encoded, MediaPlan, MediaRef, Sample, Size

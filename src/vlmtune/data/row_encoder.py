@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from vlmtune.data.encode import encode
+from vlmtune.data.rows.corpus import Corpus
 from vlmtune.data.sample import Encoded
-from vlmtune.data.sources import Corpus
 from vlmtune.models.family import OpenedFolder
 
 

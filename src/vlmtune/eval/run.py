@@ -14,8 +14,8 @@ import torch
 
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import encode
+from vlmtune.data.rows.corpus import Corpus
 from vlmtune.data.sample import Box, Encoded
-from vlmtune.data.sources import Corpus
 from vlmtune.errors import DataError
 from vlmtune.eval.metrics import Metrics, exact, score
 from vlmtune.eval.tasks import Task, num_tasks, tasks

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from vlmtune.data.rows.corpus import Corpus
 from vlmtune.data.sample import Part, Sample, Text
-from vlmtune.data.sources import Corpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

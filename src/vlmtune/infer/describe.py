@@ -9,8 +9,8 @@ from typing import Any
 
 from vlmtune.data.boxes import write_box
 from vlmtune.data.lay import lay
+from vlmtune.data.media.video import Film
 from vlmtune.data.sample import Box, MediaRef, Message, Size, Video
-from vlmtune.data.video import Film
 from vlmtune.infer.locate import Located
 from vlmtune.models.family import ChatFormat, OpenedFolder
 from vlmtune.models.load import open_folder

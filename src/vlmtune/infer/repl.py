@@ -75,9 +75,9 @@ def open_picture(path: str | Path, options: MediaOptions) -> Image:
     Raises:
         DataError: with the path as `where`.
     """
-    from vlmtune.data import media
+    from vlmtune.data.media import pictures
 
-    return Image(_tried(path, lambda ref: media.open_image(ref, options)))
+    return Image(_tried(path, lambda ref: pictures.open_image(ref, options)))
 
 
 def open_video(path: str | Path, options: MediaOptions) -> Video:
@@ -86,7 +86,7 @@ def open_video(path: str | Path, options: MediaOptions) -> Video:
     Raises:
         DataError: with the path as `where`.
     """
-    from vlmtune.data import video
+    from vlmtune.data.media import video
 
     return Video(_tried(path, lambda ref: video.decode(video.film(ref, options).frames, options)))
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from vlmtune.config.load import load_config
 from vlmtune.config.schema import SourceConfig
-from vlmtune.data.sources import open_corpus
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.errors import ExportError
 from vlmtune.eval.run import EvalSettings, evaluate, write_results
 from vlmtune.export.write import export

@@ -13,15 +13,15 @@ from transformers import set_seed
 
 from vlmtune.config.load import dump_config
 from vlmtune.config.schema import AnySource, RunConfig
-from vlmtune.data.bad_rows import write_bad_rows
 from vlmtune.data.loader import MicroBatches
-from vlmtune.data.measure import BadRow
-from vlmtune.data.packing import Plan, make_eval_plan, make_plan
-from vlmtune.data.prepare import Prepared, open_prepared, prepare, prepared_folder
-from vlmtune.data.prepared_rows import PreparedRows
-from vlmtune.data.sharing import resolve_packing
-from vlmtune.data.sources import open_corpus
-from vlmtune.data.train_plan import TrainPlan
+from vlmtune.data.plan.bad_rows import write_bad_rows
+from vlmtune.data.plan.packing import Plan, make_eval_plan, make_plan
+from vlmtune.data.plan.sharing import resolve_packing
+from vlmtune.data.plan.train_plan import TrainPlan
+from vlmtune.data.prepared.access import PreparedRows
+from vlmtune.data.prepared.measure import BadRow
+from vlmtune.data.prepared.prepare import Prepared, open_prepared, prepare, prepared_folder
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.errors import Interrupted, TrainingError
 from vlmtune.files import write_atomic
 from vlmtune.infer.locate import RUN_FILE

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vlmtune.data.lay import lay
+from vlmtune.data.media.video import Film
 from vlmtune.data.sample import Box, Image, MediaRef, Message, Part, PseudoText, Text, Video
-from vlmtune.data.video import Film
 from vlmtune.errors import DataError
 from vlmtune.models.family import ChatFormat, FrameFormat
 

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 from vlmtune.config.schema import RunConfig
 from vlmtune.data.loader import Failed, MicroBatches, unwrap
-from vlmtune.data.packing import make_plan
-from vlmtune.data.prepare import prepare
+from vlmtune.data.plan.packing import make_plan
+from vlmtune.data.prepared.prepare import prepare
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.data.sample import Batch
-from vlmtune.data.sources import open_corpus
 from vlmtune.errors import DataError
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import open_folder

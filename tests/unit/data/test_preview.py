@@ -15,8 +15,8 @@ from rich.console import Console
 from vlmtune.config.schema import RunConfig, SourceConfig
 from vlmtune.data.encode import encode
 from vlmtune.data.preview import epoch_lines, first_rows, media_counts, row_text, runs
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.data.sample import IGNORED, Encoded, MediaPlan, MediaRef, Span
-from vlmtune.data.sources import open_corpus
 from vlmtune.errors import UsageError
 from vlmtune.models.load import open_folder
 

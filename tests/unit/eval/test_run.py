@@ -14,7 +14,7 @@ import torch
 from vlmtune.config.schema import SourceConfig
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import encode
-from vlmtune.data.sources import Corpus, open_corpus
+from vlmtune.data.rows.corpus import Corpus, open_corpus
 from vlmtune.errors import DataError
 from vlmtune.eval.run import EvalSettings, evaluate, summed_loss, write_results
 from vlmtune.eval.tasks import to_task

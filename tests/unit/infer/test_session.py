@@ -13,8 +13,8 @@ import torch
 from videos import write_video
 
 from vlmtune.config.schema import MediaOptions, SourceConfig, VideoOptions
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text, Video
-from vlmtune.data.sources import open_corpus
 from vlmtune.errors import DataError, UsageError, WeightsError
 from vlmtune.infer.locate import Located
 from vlmtune.infer.session import Session, choose_device, load, load_located

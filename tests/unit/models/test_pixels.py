@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from vlmtune.config.schema import MediaOptions
-from vlmtune.data import media
+from vlmtune.data.media.pictures import open_image
 from vlmtune.data.sample import MediaRef
 from vlmtune.models import resample
 from vlmtune.models.auto import pictures
@@ -141,7 +141,7 @@ def test_other_settings_are_left_to_transformers(name: str) -> None:
 def test_pictures_of_every_mode(tmp_path: Path, mode: str) -> None:
     file = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
     noise((70, 50)).convert(mode).save(file)
-    picture = media.open_image(MediaRef(path=str(file)), MediaOptions(exif="apply"))
+    picture = open_image(MediaRef(path=str(file)), MediaOptions(exif="apply"))
     for name in ("internvl", "clip", "qwen", "smolvlm"):
         spec = spec_of(FOLLOWED[name]())
         same(picture_pixels(picture, spec), official(spec, picture))

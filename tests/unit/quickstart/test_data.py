@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 
 from vlmtune.config.schema import SourceConfig
-from vlmtune.data.sources import open_corpus
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.quickstart import data
 
 

@@ -20,7 +20,7 @@ from vlmtune.config.schema import RunConfig
 from vlmtune.data import preview_page
 from vlmtune.data.preview_page import ShownRow, facts, show_rows
 from vlmtune.data.row_encoder import RowEncoder
-from vlmtune.data.sources import open_corpus
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.models.load import open_folder
 from vlmtune.report.preview import PreviewPage, render_preview
 

@@ -1,0 +1,1 @@
+"""What `vlmtune check` finds out and how it is told."""

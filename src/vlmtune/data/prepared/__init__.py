@@ -1,0 +1,1 @@
+"""Rows laid down and tokenised once, into shards that every command maps."""

@@ -1,0 +1,96 @@
+"""What is known about the rows of a corpus without their pixels: lengths for the plan, and all that is wrong or odd."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Literal
+
+import numpy as np
+
+from vlmtune.data.rows.marks import MARK
+from vlmtune.data.sample import Laid, MediaPlan, MediaRef, Sample
+from vlmtune.errors import DataError
+
+Kind = Literal["row", "length"]
+
+SMALL_SIDE = 8  # pixels; a picture below this is suspicious
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be trained. `kind`: "row" for what it says, "length" for more tokens than `max_length`."""
+
+    origin: str
+    reason: str
+    index: int
+    kind: Kind = "row"
+
+
+COLUMNS: dict[str, type[np.generic]] = {
+    "num_tokens": np.int32,
+    "num_trained": np.int32,
+    "num_images": np.int32,
+    "num_visual": np.int32,
+    "id_hash": np.uint64,
+    "answer_hash": np.uint64,
+    "marks_in_answers": np.int32,
+    "smallest_side": np.int32,
+}
+"""The arrays of `Measured`, in the order of `counts`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Measured:
+    """What is known about the n rows of a corpus without their pixels; zeros for a bad row."""
+
+    num_tokens: np.ndarray
+    """int32 (n,)"""
+    num_trained: np.ndarray
+    """int32 (n,), positions that give a loss."""
+    num_images: np.ndarray
+    """int32 (n,), frames of videos included."""
+    num_visual: np.ndarray
+    """int32 (n,), those of the tokens that pictures take."""
+    id_hash: np.ndarray
+    """uint64 (n,), of the row's `id`; 0 without one."""
+    answer_hash: np.ndarray
+    """uint64 (n,), of all answers of the row together; 0 for a bad row."""
+    marks_in_answers: np.ndarray
+    """int32 (n,), `<image>` marks that stand in answers and count as text there."""
+    smallest_side: np.ndarray
+    """int32 (n,), in pixels, over the row's pictures; 0 without any."""
+    bad: list[BadRow] = field(default_factory=list)
+    unknown_keys: Counter[str] = field(default_factory=Counter)
+    """Top-level keys of rows that nothing reads, and how many rows have them."""
+
+
+def counts(sample: Sample, laid: Laid) -> tuple[int, ...]:
+    """One row's entries in `COLUMNS`.
+
+    Raises:
+        DataError: nothing in the row would be trained.
+    """
+    trained = laid.num_trained
+    if not trained:
+        raise DataError("the row has no trained token", where=sample.origin, expected="an answer with some text")
+    return (laid.num_tokens, trained, *seen(sample, laid.media))
+
+
+def seen(sample: Sample, media: Sequence[tuple[MediaRef, MediaPlan]]) -> tuple[int, ...]:
+    """The entries that need no tokens: all but the first two."""
+    answers = [message.text for message in sample.messages if message.role == "assistant"]
+    return (
+        len(media),
+        sum(plan.num_tokens for _, plan in media),
+        _hash(sample.id) if sample.id is not None else 0,
+        _hash("\0".join(answers)),
+        sum(len(MARK.findall(answer)) for answer in answers if "<" in answer),
+        min((min(plan.size) for _, plan in media), default=0),
+    )
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
