@@ -216,14 +216,12 @@ def _part(
     data = config.data
     into = prepared_folder(config)
     corpus = open_corpus(sources, allow=data.allow, memory=into)
-    undecodable: list[BadRow] = []
     if quick:
         measured = look_over(corpus, opened, workers=data.workers, decode=decode)
     else:
         look: Look = "pixels" if decode else "headers"
-        prepared = prepare(corpus, opened, into=into, workers=data.workers, look=look)
-        measured, undecodable = prepared.measured, prepared.undecodable
-    judged = judge(measured, corpus, data, undecodable)
+        measured = prepare(corpus, opened, into=into, workers=data.workers, look=look).measured
+    judged = judge(measured, corpus, data)
     counts = _counts(corpus, measured, judged, quick=quick)
     return Part(corpus=corpus, measured=measured, judged=judged, sources=counts)
 

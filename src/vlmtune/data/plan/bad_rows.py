@@ -36,21 +36,16 @@ class Judged:
     refusal: DataError | None
 
 
-def judge(measured: Measured, corpus: Corpus, data: DataConfig, also_bad: Sequence[BadRow] = ()) -> Judged:
+def judge(measured: Measured, corpus: Corpus, data: DataConfig) -> Judged:
     """Apply `data.bad_rows`, `data.max_bad_share` and `data.too_long`.
 
     `bad_rows` decides about rows that cannot be read as they stand, `too_long` alone about rows that are too long: a
     run that drops the former still refuses the latter, unless it drops both.
-
-    Args:
-        also_bad: rows that turned out bad when their pictures were decoded.
     """
-    broken = [*measured.bad, *also_bad]
+    broken = measured.bad
     usable = measured.num_tokens <= data.max_length
     usable[[row.index for row in broken]] = False
-    known = {row.index for row in also_bad}
     long = too_long(measured, corpus, data) if data.too_long == "refuse" else []
-    long = [row for row in long if row.index not in known]
     refused = sorted([*(broken if data.bad_rows == "refuse" else []), *long], key=lambda row: row.index)
     refusal = None
     if refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from vlmtune.data.encode import lay_row, lay_rows, with_origin
 from vlmtune.data.media import video
 from vlmtune.data.prepared.access import PreparedRows, Task, media_base
-from vlmtune.data.prepared.measure import BadRow, counts
+from vlmtune.data.prepared.measure import counts
 from vlmtune.data.prepared.store import Shard, ShardWriter
 from vlmtune.data.row_encoder import RowEncoder
 from vlmtune.data.rows.adapters import KNOWN_KEYS
@@ -18,18 +19,18 @@ from vlmtune.data.sample import Laid, Sample
 from vlmtune.errors import DataError
 
 Look = Literal["no", "headers", "pixels"]
-"""What is looked at in rows that are prepared already: nothing, the headers of their media, or all pixels."""
+"""What is looked at: nothing in rows that are prepared already, the headers of their media, or all pixels, also of rows
+that are prepared now."""
 
 _CHUNK = 128  # rows that are tokenised together
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """path: of the whole shard. made: it was made now. undecodable: rows with pictures that cannot be decoded."""
+    """path: of the whole shard. made: it was made now."""
 
     path: Path
     made: bool
-    undecodable: list[BadRow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +43,23 @@ class ShardJob:
     def __call__(self, task: Task) -> Outcome:
         shard = None if task.found is None else Shard(task.found, media_base(self.encoder.corpus, task.source))
         made = shard is None or not self._is_current(task, shard)
-        path = self._make(task) if made or shard is None else shard.path
+        path = self._make(task, {}) if made or shard is None else shard.path
+        if self.look == "pixels" and (undecodable := self._undecodable(task, path)):
+            made_first, path, made = path, self._make(task, undecodable), True
+            made_first.unlink()
         if shard is not None and shard.path != path:
             shard.path.unlink(missing_ok=True)
-        undecodable = self._undecodable(task, path) if self.look == "pixels" else []
-        return Outcome(path, made, undecodable)
+        return Outcome(path, made)
 
-    def _make(self, task: Task) -> Path:
+    def _make(self, task: Task, undecodable: Mapping[int, DataError]) -> Path:
+        """undecodable: rows by their number in the source that are bad, whatever else may be said of them."""
         corpus = self.encoder.corpus
         opened = self.encoder.opened_for(task.source)
         source, first = corpus.sources[task.source], corpus.split(task.start)[1]
         writer = ShardWriter(media_base(corpus, task.source), wide=len(opened.tokenizer) > 1 << 16)
         for start in range(first, first + task.stop - task.start, _CHUNK):
             rows = range(start, min(start + _CHUNK, first + task.stop - task.start))
-            read = [self._sample(source, i, writer) for i in rows]
+            read = [undecodable.get(i) or self._sample(source, i, writer) for i in rows]
             laid = iter(lay_rows([sample for sample in read if isinstance(sample, Sample)], opened))
             for sample in read:
                 row = next(laid) if isinstance(sample, Sample) else sample
@@ -99,9 +103,13 @@ class ShardJob:
         """What is wrong with row `i` now."""
         try:
             sample = self.encoder.corpus.sample(i)
-            counts(sample, lay_row(sample, self.encoder.opened(i)))
+            opened = self.encoder.opened(i)
+            laid = lay_row(sample, opened)
+            counts(sample, laid)
+            # Nothing is wrong as far as headers tell; the row may be bad because `check --decode` saw its pixels.
+            video.decode([ref for ref, _ in laid.media], opened.media)
         except DataError as error:
-            return error.reason
+            return with_origin(error, "").reason
         return None
 
     def _same_media(self, i: int, shard: Shard, local: int) -> bool:
@@ -113,15 +121,16 @@ class ShardJob:
         except DataError:
             return False
 
-    def _undecodable(self, task: Task, path: Path) -> list[BadRow]:
-        corpus = self.encoder.corpus
+    def _undecodable(self, task: Task, path: Path) -> dict[int, DataError]:
+        """Rows that are not known to be bad and have media that cannot be decoded; by their number in the source."""
+        first = self.encoder.corpus.split(task.start)[1] - task.start
         rows = PreparedRows(self.encoder, [task], [path])
         bad = {task.start + local for local, _ in Shard(path, "").bad}
-        found = []
+        found = {}
         for i in range(task.start, task.stop):
             try:
                 if i not in bad:
                     video.decode([ref for ref, _ in rows.laid(i).media], self.encoder.opened(i).media)
             except DataError as error:
-                found.append(BadRow(corpus.origin(i), with_origin(error, "").reason, i))
+                found[first + i] = with_origin(error, "")
         return found

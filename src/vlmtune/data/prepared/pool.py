@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from vlmtune.errors import VlmtuneError
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_processes(job: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterator[Result]:
+def in_processes(job: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Generator[Result, None, None]:
     """`job` of every item, in the order of `items`.
 
     Args:
@@ -35,32 +35,38 @@ def in_processes(job: Callable[[Item], Result], items: Sequence[Item], workers: 
     # Forked workers share the tokenizer and the row index instead of loading them again (seconds each).
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(job,)) as pool:
+    stop, stopper = context.Pipe(duplex=False)
+    with stop, stopper, ProcessPoolExecutor(workers, context, _start_worker, (job, stop)) as pool:
+        finished = False
         try:
             yield from pool.map(_work, items)
+            finished = True
         except BrokenProcessPool as error:
             raise VlmtuneError(
                 "a process that reads rows was killed (out of memory?)", remedy="Use fewer of them: data.workers."
             ) from error
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            if not finished:
+                stopper.send_bytes(b"stop")  # nobody wants the pieces that are in work
+            # A pool that ends after the caller has gone on may end in the middle of Python's own end.
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 _job: Callable[[Any], Any] | None = None  # of a worker process
 
 
-def _start_worker(job: Callable[[Any], Any]) -> None:
+def _start_worker(job: Callable[[Any], Any], stop: Connection) -> None:
     global _job
     _job = job
     # Ctrl-C reaches the whole process group; the parent answers it and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(), stop), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """Ends this worker when its parent was killed: it would wait for the next rows for ever."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
+def _end_with(parent: int, stop: Connection) -> None:
+    """Ends this worker when its parent says so, or was killed: it would wait for the next rows for ever."""
+    while os.getppid() == parent and not stop.poll(1.0):
+        pass
     os._exit(1)
 
 

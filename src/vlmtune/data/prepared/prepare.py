@@ -45,7 +45,6 @@ class Prepared:
     """The prepared rows of a corpus; see `open_prepared`. Picklable: the shards are mapped again where it arrives.
 
     num_made, num_kept: rows that this call prepared, and that were prepared before.
-    undecodable: rows whose pictures could not be decoded, where pixels were looked at; they are not in `measured.bad`.
     """
 
     rows: PreparedRows
@@ -53,7 +52,6 @@ class Prepared:
     folders: tuple[Path, ...]
     num_made: int
     num_kept: int
-    undecodable: list[BadRow]
 
 
 def prepared_folder(config: RunConfig) -> Path:
@@ -71,7 +69,8 @@ def prepare(corpus: Corpus, opened: OpenedFolder, *, into: Path, workers: int, l
     Args:
         into: the folder of prepared rows.
         workers: processes; 0 works in this one.
-        look: at the media of rows that were prepared before; a shard whose media changed is made again.
+        look: at the media of rows that were prepared before; a shard whose media changed is made again. Rows whose
+            pixels cannot be decoded are bad from then on, until their media are mended.
 
     Raises:
         VlmtuneError: a worker was killed, the disk is full. A bad row never raises: it is listed in `measured.bad`.
@@ -82,8 +81,7 @@ def prepare(corpus: Corpus, opened: OpenedFolder, *, into: Path, workers: int, l
     paths = [outcomes[task].path if task in outcomes else _found(task) for task in tasks]
     _complete(encoder, tasks, paths)
     made = sum(task.stop - task.start for task, outcome in outcomes.items() if outcome.made)
-    undecodable = [row for outcome in outcomes.values() for row in outcome.undecodable]
-    return _gathered(encoder, tasks, paths, made, undecodable)
+    return _gathered(encoder, tasks, paths, made)
 
 
 def prepare_share(
@@ -109,7 +107,7 @@ def open_prepared(corpus: Corpus, opened: OpenedFolder, into: Path) -> Prepared:
     """
     encoder = RowEncoder(corpus, opened)
     tasks = _with_found(_tasks(encoder, into), verify=False)
-    return _gathered(encoder, tasks, [_found(task) for task in tasks], 0, [])
+    return _gathered(encoder, tasks, [_found(task) for task in tasks], 0)
 
 
 def merge(corpus: Corpus, opened: OpenedFolder, into: Path) -> Prepared:
@@ -122,7 +120,7 @@ def merge(corpus: Corpus, opened: OpenedFolder, into: Path) -> Prepared:
     tasks = _with_found(_tasks(encoder, into), verify=True)
     paths = [_found(task) for task in tasks]
     _complete(encoder, tasks, paths)
-    return _gathered(encoder, tasks, paths, 0, [])
+    return _gathered(encoder, tasks, paths, 0)
 
 
 def shard_rows(num_rows: int) -> int:
@@ -183,9 +181,7 @@ def _worked(job: ShardJob, tasks: Sequence[Task], workers: int) -> list[Outcome]
     return outcomes
 
 
-def _gathered(
-    encoder: RowEncoder, tasks: Sequence[Task], paths: Sequence[Path], made: int, undecodable: list[BadRow]
-) -> Prepared:
+def _gathered(encoder: RowEncoder, tasks: Sequence[Task], paths: Sequence[Path], made: int) -> Prepared:
     columns = {name: np.zeros(len(encoder.corpus), dtype) for name, dtype in COLUMNS.items()}
     bad: list[BadRow] = []
     unknown_keys: Counter[str] = Counter()
@@ -202,7 +198,6 @@ def _gathered(
         folders=tuple(dict.fromkeys(task.folder for task in tasks)),
         num_made=made,
         num_kept=len(encoder.corpus) - made,
-        undecodable=undecodable,
     )
 
 
@@ -251,5 +246,7 @@ def _working_in(folders: Collection[Path]) -> Iterator[None]:
                     remove_drafts(folder)
 
         clean()
-        yield
-        clean()
+        try:
+            yield
+        finally:
+            clean()

@@ -16,7 +16,7 @@ from vlmtune.data.plan.bad_rows import BAD_ROWS_FILE, judge, usable_rows, write_
 from vlmtune.data.prepared.measure import BadRow
 from vlmtune.errors import DataError
 
-KIND = st.sampled_from(["good", "broken", "long", "undecodable", "long and undecodable"])
+KIND = st.sampled_from(["good", "broken", "long"])
 
 
 def bad_row(i: int) -> BadRow:
@@ -34,11 +34,10 @@ def test_one_rule_for_check_and_train(kinds: list[str], bad_rows: str, long_rows
     lengths = [0 if kind == "broken" else 101 if "long" in kind else 50 for kind in kinds]
     data = config(data={"bad_rows": bad_rows, "too_long": long_rows, "max_bad_share": share / 100}).data
     found = measured(lengths, [bad_row(i) for i, kind in enumerate(kinds) if kind == "broken"])
-    undecodable = [bad_row(i) for i, kind in enumerate(kinds) if "undecodable" in kind]
-    judged = judge(found, rows_of((len(kinds), {})), data, undecodable)
+    judged = judge(found, rows_of((len(kinds), {})), data)
 
     assert judged.usable.tolist() == [kind == "good" for kind in kinds]
-    broken = [i for i, kind in enumerate(kinds) if kind == "broken" or "undecodable" in kind]
+    broken = [i for i, kind in enumerate(kinds) if kind == "broken"]
     long = [i for i, kind in enumerate(kinds) if kind == "long"] if long_rows == "refuse" else []
     assert [row.index for row in judged.bad] == sorted(broken + long)
     assert {row.index for row in judged.bad if row.kind == "length"} == set(long)

@@ -249,8 +249,18 @@ def test_decode_finds_what_a_header_hides(opened: OpenedFolder, tmp_path: Path) 
     (tmp_path / "b.jsonl").write_text(json.dumps(row))
     corpus = open_corpus([SourceConfig(path=str(tmp_path / "b.jsonl"))])
     assert not run(corpus, opened, tmp_path / "p").measured.bad
-    (bad,) = run(corpus, opened, tmp_path / "p", look="pixels").undecodable
-    assert bad.origin == "b.jsonl:1" and "cut.jpg cannot be decoded (image file is truncated" in bad.reason
+    for look in ("pixels", "no", "headers", "pixels"):  # what was found out once is known to every later command
+        found = run(corpus, opened, tmp_path / "p", look=look)
+        (bad,) = found.measured.bad
+        assert bad.origin == "b.jsonl:1" and "cut.jpg cannot be decoded (image file is truncated" in bad.reason
+        assert not found.measured.num_tokens.any() and len(list((tmp_path / "p").rglob("0*.safetensors"))) == 1
+        assert found.num_made == (look == "pixels" and found.num_kept == 0)
+    (tmp_path / "cut.jpg").write_bytes(whole)
+    mended = run(corpus, opened, tmp_path / "p")
+    assert not mended.measured.bad and mended.measured.num_tokens.all()
+    with pytest.raises(DataError, match=r"b\.jsonl:1: the picture cut\.jpg cannot be decoded"):
+        (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+        run(corpus, opened, tmp_path / "p", look="pixels").rows.encoded(0)
 
 
 @given(st.data())
@@ -338,7 +348,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     code = (
         "import multiprocessing, os, signal, time\n"
         "from vlmtune.data.prepared import pool\n"
-        "def work(): pool._start_worker(None); time.sleep(60)\n"
+        "def work(): pool._start_worker(None, multiprocessing.Pipe()[0]); time.sleep(60)\n"
         "worker = multiprocessing.get_context('fork').Process(target=work); worker.start()\n"
         "print(worker.pid, flush=True); time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
     )
