@@ -21,7 +21,12 @@ demo: $(VENV)/installed ## one whole job on handwritten digits, in the folder qu
 	$(BIN)/vlmtune quickstart $(DEMO)
 
 test: $(VENV)/installed-dev ## every test (PYTEST="-k config" for some)
+ifeq ($(PYTEST),)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
+	$(BIN)/python -m pytest --ignore tests/unit
+else
 	$(BIN)/python -m pytest $(PYTEST)
+endif
 
 check: $(VENV)/installed-dev ## lint, format, types, import contract
 	$(BIN)/ruff check .
@@ -36,6 +41,8 @@ format: $(VENV)/installed-dev ## format the code
 bench: $(VENV)/installed-bench ## the measurements of docs/performance.md
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/pictures.py
+	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/quick.py
 	$(BIN)/python benchmarks/train.py
 
 schema: $(VENV)/installed ## write the JSON schema of a run's YAML

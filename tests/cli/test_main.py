@@ -285,7 +285,7 @@ def test_interrupt_ends_with_130() -> None:
 SHOW = (
     "import os, sys; from vlmtune.cli import environment\n"
     "environment.prepare(offline='--offline' in sys.argv, debug='--debug' in sys.argv)\n"
-    "environment.allow_network(sys.argv[1])\n"
+    "environment.allow_network(*[name for name in sys.argv[1:] if name[:2] != '--'])\n"
     "print(*(os.environ.get(n) for n in ('HF_HUB_OFFLINE', 'HF_HUB_DISABLE_TELEMETRY', 'TOKENIZERS_PARALLELISM')))"
 )
 
@@ -296,6 +296,7 @@ SHOW = (
         (["/models/a"], {}, "1 1 false"),
         (["models"], {}, "1 1 false"),
         (["org/name"], {}, "None 1 false"),
+        (["/models/a", "org/dataset"], {}, "None 1 false"),
         (["org/name", "--offline"], {}, "1 1 false"),
         (["org/name"], {"HF_HUB_OFFLINE": "1"}, "1 1 false"),
         (["/models/a"], {"HF_HUB_OFFLINE": "0"}, "0 1 false"),

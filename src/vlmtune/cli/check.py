@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from vlmtune.config.load import load_config
 
     config = load_config(args.config, args.overrides)
-    environment.allow_network(config.model.path)
+    environment.allow_network(config.model.path, *config.hub_datasets)
 
     import json
 

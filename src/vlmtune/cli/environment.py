@@ -60,12 +60,12 @@ def prepare(*, offline: bool, debug: bool) -> None:
             stream.reconfigure(errors="replace")
 
 
-def allow_network(model: str) -> None:
-    """Open the network if `model` is a hub id; before anything imports transformers.
+def allow_network(*names: str) -> None:
+    """Open the network if one of `names` is a hub id and no path; before anything imports transformers.
 
     `--offline` and a variable HF_HUB_OFFLINE of the user's own stand above it.
     """
-    if _offline_by_default and HUB_ID.fullmatch(model) and not Path(model).exists():
+    if _offline_by_default and any(HUB_ID.fullmatch(name) and not Path(name).exists() for name in names):
         os.environ.pop("HF_HUB_OFFLINE", None)
         # Gigabytes are on their way: let that be seen.
         os.environ.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
             where=model,
             remedy=f"Train it, or give --model PATH; `--model {config.model.path}` evaluates the base model.",
         )
-    environment.allow_network(model)
+    environment.allow_network(model, *(config.hub_datasets if config else ()))
     from vlmtune.config.schema import AnySource, SourceConfig
     from vlmtune.data.rows.corpus import open_corpus
     from vlmtune.eval.run import evaluate, write_results

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.workers is not None:
         overrides.append(f"data.workers={args.workers}")
     config = load_config(args.config, overrides)
-    environment.allow_network(config.model.path)
+    environment.allow_network(config.model.path, *config.hub_datasets)
 
     from vlmtune.models.load import open_folder
 

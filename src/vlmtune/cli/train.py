@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Read before any process is started, so that a mistake is told once and at once.
     config = load_config(args.config, args.overrides)
-    environment.allow_network(config.model.path)
+    environment.allow_network(config.model.path, *config.hub_datasets)
     launch.adopt_slurm()
     num = 1 if config.train.strategy == "single" else launch.processes_to_start()
     if num > 1:

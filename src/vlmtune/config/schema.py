@@ -270,6 +270,12 @@ class RunConfig(Section):
         return self
 
     @property
+    def hub_datasets(self) -> tuple[str, ...]:
+        """The datasets that are named as repositories of the hub."""
+        sources = (*self.data.sources, *self.data.eval)
+        return tuple(source.hub for source in sources if isinstance(source, HubSource))
+
+    @property
     def media(self) -> MediaOptions:
         """How pictures and videos are read."""
         return MediaOptions(

@@ -234,8 +234,10 @@ data:
     - {data_paths: [a.json, b.jsonl, c.json], image_folders: [a, null, c], repeat_times: [2, 0.5, 3.5]}
   eval: {data_paths: a.json, image_folders: img, repeat_times: 1}
 """
-    first, second, third = load(text).data.sources
+    config = load(text)
+    first, second, third = config.data.sources
     assert isinstance(first, SourceConfig) and isinstance(second, HubSource) and isinstance(third, XTunerLists)
+    assert config.hub_datasets == ("owner/name",)
     assert first.replace_prefix == {"/old/": f"{tmp_path}/images", "D:\\": ""}
     assert second.data_files == ("x/*",) and second.choose == 100
     assert third.image_folders == (f"{tmp_path}/a", None, f"{tmp_path}/c") and third.repeat_times == (2, 0.5, 3.5)
