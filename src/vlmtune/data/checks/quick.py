@@ -13,7 +13,7 @@ from vlmtune.data.media import video
 from vlmtune.data.prepared.measure import COLUMNS, BadRow, Measured, seen
 from vlmtune.data.prepared.pool import in_processes
 from vlmtune.data.row_encoder import RowEncoder
-from vlmtune.data.rows.adapters import KNOWN_KEYS
+from vlmtune.data.rows.adapters import unread_keys
 from vlmtune.data.rows.corpus import Corpus
 from vlmtune.data.sample import Sample
 from vlmtune.errors import DataError
@@ -85,8 +85,7 @@ class _Job:
             origin = source.origin(local)
             try:
                 row = source.rows.read(local, origin)
-                if isinstance(row, dict) and not row.keys() <= KNOWN_KEYS:
-                    unknown_keys.update(str(key) for key in row.keys() - KNOWN_KEYS)
+                unknown_keys.update(unread_keys(row, source.options))
                 table.append(self._seen(source.adapt(row, origin), self.encoder.opened_for(which)))
             except DataError as error:
                 table.append((0,) * 6)

@@ -13,7 +13,7 @@ from vlmtune.data.prepared.access import PreparedRows, Task, media_base
 from vlmtune.data.prepared.measure import counts
 from vlmtune.data.prepared.store import Shard, ShardWriter
 from vlmtune.data.row_encoder import RowEncoder
-from vlmtune.data.rows.adapters import KNOWN_KEYS
+from vlmtune.data.rows.adapters import unread_keys
 from vlmtune.data.rows.corpus import Source
 from vlmtune.data.sample import Laid, Sample
 from vlmtune.errors import DataError
@@ -71,9 +71,7 @@ class ShardJob:
         origin = source.origin(i)
         try:
             row = source.rows.read(i, origin)
-            if isinstance(row, dict) and not row.keys() <= KNOWN_KEYS:
-                unknown = row.keys() - KNOWN_KEYS - set(source.options.columns.values())
-                writer.unknown_keys.update(str(key) for key in unknown)
+            writer.unknown_keys.update(unread_keys(row, source.options))
             return source.adapt(row, origin)
         except DataError as error:
             return error

@@ -93,7 +93,7 @@ def prepare_share(
         (rows of the share, rows of it that this call prepared).
     """
     encoder = RowEncoder(corpus, opened)
-    tasks = _with_found(_tasks(encoder, into), verify=True)[part - 1 :: parts]
+    tasks = list(_once(_with_found(_tasks(encoder, into), verify=True)).values())[part - 1 :: parts]
     outcomes = _work(encoder, tasks, workers, "no")
     made = sum(task.stop - task.start for task, outcome in outcomes.items() if outcome.made)
     return sum(task.stop - task.start for task in tasks), made
@@ -165,8 +165,15 @@ def _found(task: Task) -> Path:
 
 def _work(encoder: RowEncoder, tasks: Sequence[Task], workers: int, look: Look) -> dict[Task, Outcome]:
     busy = [task for task in tasks if task.found is None or look != "no" or Shard(task.found, "").bad]
+    once = _once(busy)
     with _working_in({task.folder for task in busy}):
-        return dict(zip(busy, _worked(ShardJob(encoder, look), busy, workers), strict=True))
+        done = dict(zip(once, _worked(ShardJob(encoder, look), list(once.values()), workers), strict=True))
+    return {task: done[task.folder, task.number] for task in busy}
+
+
+def _once(tasks: Sequence[Task]) -> dict[tuple[Path, int], Task]:
+    """One task per shard: a file that is listed twice has its shards once."""
+    return {(task.folder, task.number): task for task in tasks}
 
 
 def _worked(job: ShardJob, tasks: Sequence[Task], workers: int) -> list[Outcome]:

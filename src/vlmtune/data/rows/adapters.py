@@ -52,6 +52,14 @@ def to_sample(row: object, *, origin: str, locate: Locate, options: Read = _PLAI
     )
 
 
+def unread_keys(row: object, options: Read) -> list[str]:
+    """The keys of a row that neither a format nor the source's `columns` reads."""
+    if not isinstance(row, dict) or row.keys() <= KNOWN_KEYS:
+        return []
+    own = {part for name in options.columns.values() for part in (name, name.partition(".")[0])}
+    return [str(key) for key in row.keys() - KNOWN_KEYS - own]
+
+
 def check_columns(columns: Iterable[str]) -> None:
     """
     Raises:

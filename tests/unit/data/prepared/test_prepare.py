@@ -132,6 +132,20 @@ def test_a_file_that_came_later_heals_its_row(corpus: Corpus, opened: OpenedFold
     assert len(list((tmp_path / "p").rglob("0*.safetensors"))) == 1
 
 
+def test_a_file_listed_twice_has_its_shards_once(opened: OpenedFolder, tmp_path: Path) -> None:
+    file, into = tmp_path / "a.jsonl", tmp_path / "p"
+    rows = [{"id": i, "image": "gone.png", "conversations": turns("<image>Q", "A")} for i in range(300)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    twice = open_corpus([SourceConfig(path=str(file)), SourceConfig(path=str(file), repeat=2)])
+    assert len(run(twice, opened, into).measured.bad) == 600
+    PIL.Image.new("RGB", (64, 64)).save(tmp_path / "gone.png")
+    healed = run(twice, opened, into, look="headers")
+    assert not healed.measured.bad and (healed.num_made, healed.num_kept) == (600, 0)
+    shares = [prepare_share(twice, opened, into=tmp_path / "q", workers=0, part=part, parts=2) for part in (1, 2)]
+    assert sorted(shares) == [(44, 44), (256, 256)]
+    assert merge(twice, opened, tmp_path / "q").measured.num_tokens.all()
+
+
 def test_a_look_at_the_headers_finds_changed_pictures(corpus: Corpus, opened: OpenedFolder, tmp_path: Path) -> None:
     run(corpus, opened, tmp_path / "p")
     PIL.Image.new("RGB", (500, 100)).save(tmp_path / "1.png")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from vlmtune.data.rows.adapters import to_sample
+from vlmtune.config.schema import Read
+from vlmtune.data.rows.adapters import to_sample, unread_keys
 from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text
 from vlmtune.errors import DataError
 
@@ -99,6 +100,13 @@ def test_ids_and_unknown_keys() -> None:
     assert read(llava("q", "a", id=7, rank=0, width=3, meta={"x": []})).id == "7"
     assert read(llava("q", "a", id=["odd"])).id is None
     assert read(llava("q", "a", id=True)).id is None
+
+
+def test_keys_that_columns_reads_are_read() -> None:
+    row = {"photo": "a.png", "meta": {"label": "cat"}, "rank": 3, "id": 1}
+    assert unread_keys(row, Read(columns={"image": "photo", "answer": "meta.label"})) == ["rank"]
+    assert sorted(unread_keys(row, Read())) == ["meta", "photo", "rank"]
+    assert unread_keys([row], Read()) == []
 
 
 def test_openai_parts() -> None:
