@@ -22,10 +22,10 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def commands(lines: list[str]) -> list[list[str]]:
-    """The arguments of every `vlmtune …`, behind variables, srun or torchrun."""
+    """The arguments of every `vlmtune …`, behind variables, srun or torchrun, as a job of an array would see them."""
     found = []
     for line in lines:
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.replace("$SLURM_ARRAY_TASK_ID", "1"), comments=True)
         if "vlmtune" in words:
             found.append(words[words.index("vlmtune") + 1 :])
     return found
@@ -97,8 +97,9 @@ def test_the_options_that_a_page_names_exist(page: Path) -> None:
     text = prose(page.read_text(encoding="utf-8"))
     for name in re.findall(r"`((?:model|tuning|data|train|eval)\.[a-z_.]+[a-z_])(?:[:=][^`]*)?`", text):
         module = REPOSITORY / "src" / "vlmtune" / f"{name.replace('.', '/')}.py"
-        file = name.endswith((".json", ".jsonl"))
-        assert name in known or file or name.startswith("train.extra.") or module.is_file(), name
+        file = name.endswith((".json", ".jsonl", ".txt"))
+        is_module = module.is_file() or (module.with_suffix("") / "__init__.py").is_file()
+        assert name in known or file or name.startswith("train.extra.") or is_module, name
 
 
 def test_names_of_other_tools_are_understood_as_the_page_says() -> None:

@@ -49,7 +49,11 @@ def index_file(path: str, name: str) -> RowIndex:
     ending = os.path.splitext(path)[1].lower()
     if ending not in (".json", ".jsonl"):
         ends = f"ends in {ending}" if ending else "has no ending"
-        raise DataError(f"the source {path} {ends}", where=name, expected="a .jsonl or .json file")
+        raise DataError(
+            f"the source {path} {ends}",
+            where=name,
+            expected="a .jsonl, .json, .parquet or .tar file, or a folder",
+        )
     try:
         with open(path, "rb") as stream:
             start = _skip_bom(stream, name)

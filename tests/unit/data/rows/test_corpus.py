@@ -195,7 +195,7 @@ def test_jsonl_lines(tmp_path: Path) -> None:
 def test_missing_files_and_other_endings(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^x\.jsonl: the source .*x\.jsonl cannot be read \(No such file"):
         open_corpus([SourceConfig(path=str(tmp_path / "x.jsonl"))])
-    with pytest.raises(DataError, match=r"x\.csv ends in \.csv; expected a \.jsonl or \.json file"):
+    with pytest.raises(DataError, match=r"x\.csv ends in \.csv; expected a \.jsonl, \.json, \.parquet or \.tar file"):
         open_corpus([SourceConfig(path=str(tmp_path / "x.csv"))])
     with pytest.raises(DataError, match=r"media root .* is not a folder"):
         open_one(tmp_path / "a.jsonl", "{}", root=str(tmp_path / "nowhere"))
