@@ -28,7 +28,7 @@ class VideoOptions(Section):
     """Which frames of a video become pictures; eight spread evenly when neither is given."""
 
     num_frames: Annotated[int, Field(ge=1)] | None = None
-    """Frames spread evenly from the first to the last; both ends are always among them."""
+    """Frames spread evenly from the first to the last; both ends are always among them, so 1 gives two."""
     fps: Annotated[float, Field(gt=0)] | None = None
     """Frames per second of the film instead of a number of frames."""
 
@@ -133,7 +133,7 @@ def _rates_belong_to_trained(rates: dict[Component, float], trained: set[Compone
 class DataConfig(Section):
     sources: Annotated[tuple[AnySource, ...], Field(min_length=1)]
     eval: tuple[AnySource, ...] = ()
-    """Held-out sources; takes what `sources` takes (a single one may stand without a list)."""
+    """Held-out sources, as under `sources`, but each row comes once: `repeat`, `choose` and `weight` are refused."""
     allow: tuple[PathText, ...] = ()
     """Folders outside the roots that absolute media paths may point into."""
     max_length: Annotated[int, Field(ge=8)] = 4096
@@ -153,7 +153,7 @@ class DataConfig(Section):
     max_image_pixels: Annotated[int, Field(ge=1, le=MAX_IMAGE_PIXELS)] = MAX_IMAGE_PIXELS
     """Pictures with more pixels than this are refused as decompression bombs; Pillow opens none above the default."""
     workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that decode pictures, and that read rows in `check`; 0 does it in the main process."""
+    """Processes that decode pictures, and that prepare rows; 0 does it in the main process."""
 
     @model_validator(mode="before")
     @classmethod
@@ -205,7 +205,7 @@ class TrainConfig(Section):
     strategy: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] | None = None
     """How several processes share the work; left out: single for one process, ddp for several."""
     seed: int = 0
-    """Decides the order of the rows and the first values of adapters."""
+    """Decides the order of the rows, which of them a fraction takes, and the first values of adapters."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation."""
     log_every: Annotated[int, Field(ge=1)] = 10

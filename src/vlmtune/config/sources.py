@@ -20,7 +20,8 @@ class Read(Section):
     """Beginnings of media paths and what to read instead: `{/data/old/: images/}`, a folder beside the YAML, which may
     then be read (in a tar: a folder of its members); empty text leaves a path that starts from `root`."""
     prompt: Annotated[str, Field(min_length=1)] | None = None
-    """The question for rows that hold media and a caption only; without a mark the media stand in front of it."""
+    """The question of rows that have a caption, or an answer, and no question of their own; without a mark the media
+    stand in front of it."""
     columns: dict[str, Annotated[str, Field(min_length=1)]] = {}
     """Names that vlmtune knows (`question`, `answer`, `image`, `messages`, …) and the rows' own names for them:
     `{answer: label, image: photo}`; `meta.label` is the key `label` of the object `meta`."""
@@ -34,12 +35,12 @@ class Mixed(Read):
     """How often the rows of a source come in an epoch: one of the three, else once."""
 
     repeat: Annotated[float, Field(gt=0, le=MAX_REPEAT)] | None = None
-    """How often each row comes in an epoch (1 when nothing is said); 1.5 takes half of the rows twice, seeded. On a
-    list of files it multiplies what the list says."""
+    """How often each row comes in an epoch (1 when nothing is said); 1.5 takes half of the rows twice, seeded, the other
+    half in the next epoch. On a list of files it multiplies what the list says."""
     choose: Annotated[int, Field(ge=1, le=MAX_CHOOSE)] | None = None
-    """Rows that an epoch takes, whatever the source holds: every row as evenly as possible."""
+    """Rows that an epoch takes, whatever the source holds: every row as evenly as possible, over epochs too."""
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of the rows among all sources with a weight, which together give as many rows as they hold."""
+    """Share of the epoch's rows among all sources with a weight, which together give as many rows as they hold."""
 
     @model_validator(mode="after")
     def _one_way_to_mix(self) -> Mixed:

@@ -203,7 +203,8 @@ def open_corpus(sources: Sequence[AnySource], *, allow: Sequence[str] = (), memo
         name = own[0] if len(own) == 1 else next(patterns)
         if entry.num_rows is not None and entry.num_rows != len(rows):
             raise DataError(
-                f"the list says `length` {entry.num_rows:,}, but {own[0]} has {len(rows):,} row{'' if len(rows) == 1 else 's'}",
+                f"the list says `length` {entry.num_rows:,}, but {own[0]} has {len(rows):,} "
+                f"row{'' if len(rows) == 1 else 's'}",
                 where=entry.where,
                 remedy="Look whether the file is whole; if it is, correct `length` or take it out.",
             )
