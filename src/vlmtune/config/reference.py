@@ -49,7 +49,7 @@ One YAML file says what a run is. This page lists every key; it is written by `p
 _SECTIONS: tuple[tuple[str, str, type[Section]], ...] = (
     ("model", "What is fine-tuned.", ModelConfig),
     ("model.image", "A key that has no effect on the model is refused. See [models.md](models.md).", ImageOptions),
-    ("model.video", "One of the two keys.", VideoOptions),
+    ("model.video", "One of the two keys; without either, 8 frames, spread evenly.", VideoOptions),
     ("tuning, method: full", "The default. See [training.md](training.md).", FullTuning),
     (
         "tuning, method: lora, dora, rslora or qlora",

@@ -35,8 +35,8 @@ class Mixed(Read):
     """How often the rows of a source come in an epoch: one of the three, else once."""
 
     repeat: Annotated[float, Field(gt=0, le=MAX_REPEAT)] | None = None
-    """How often each row comes in an epoch (1 when nothing is said); 1.5 takes half of the rows twice, seeded, the other
-    half in the next epoch. On a list of files it multiplies what the list says."""
+    """How often each row comes in an epoch (1 when nothing is said); 1.5 takes half of the rows twice, the other half
+    in the next epoch. On a list of files it multiplies what the list says."""
     choose: Annotated[int, Field(ge=1, le=MAX_CHOOSE)] | None = None
     """Rows that an epoch takes, whatever the source holds: every row as evenly as possible, over epochs too."""
     weight: Annotated[float, Field(gt=0)] | None = None
