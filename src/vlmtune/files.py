@@ -47,10 +47,15 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 def in_use(folder: Path) -> Iterator[Callable[[], bool]]:
     """Marks a folder as worked in by this process, beside others; what is yielded tells whether no other process is.
 
-    Where the file system has no locks nobody ever seems to be alone.
+    Where the file system has no locks, or may not be written, nobody ever seems to be alone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+b") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+b")  # noqa: SIM115 (closed below)
+    except OSError:  # whoever has something to write there will say what is wrong
+        yield lambda: False
+        return
+    with lock as file:
         # Not `flock`: forked workers inherit that one, and may outlive a killed parent for a moment.
         def alone() -> bool:
             try:

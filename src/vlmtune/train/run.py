@@ -23,7 +23,7 @@ from vlmtune.data.prepared.measure import BadRow
 from vlmtune.data.prepared.prepare import Prepared, open_prepared, prepare, prepared_folder
 from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.errors import Interrupted, TrainingError
-from vlmtune.files import write_atomic
+from vlmtune.files import in_use, write_atomic
 from vlmtune.infer.locate import RUN_FILE
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import open_folder
@@ -64,6 +64,8 @@ class _Data:
     train: MicroBatches
     plan: TrainPlan
     eval: MicroBatches | None
+    folders: tuple[Path, ...]
+    """Of prepared rows."""
 
 
 def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
@@ -84,13 +86,15 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
     run_dir = Path(config.train.output_dir)
     quantised.require(config.tuning)
     stop = StopSignal()
-    with _alone(run_dir, processes):
+    with _alone(run_dir, processes), contextlib.ExitStack() as held:
         folder.claim(run_dir, config)
         if (done := folder.finished(run_dir)) is not None:
             tell(f"This run is finished: {done['steps']} steps, best checkpoint {run_dir / done['best']}.")
             return _result(run_dir, done, already_finished=True)
         opened = open_folder(config.model.path, config.media)
         data = _lay_out(config, opened, processes, strategy, tell)
+        for prepared in data.folders:  # their shards stay while this runs, even if the rows' file changes
+            held.enter_context(in_use(prepared))
         resumed = _begin(run_dir, config, data, processes, strategy, tell)
         # Both made before DeepSpeed's settings exist, which under ZeRO-3 spread every new model over all processes.
         source = weights.source(config, opened, resumed)
@@ -140,11 +144,13 @@ def _lay_out(
         tell(f"This model cannot pack: {why_not_packed}. Rows are padded instead.")
 
     dropped: list[tuple[str, BadRow]] = []
+    folders: list[Path] = []
 
     def planned(part: str, sources: tuple[AnySource, ...], make: Callable[..., Any]) -> tuple[PreparedRows, Any]:
         prepared = _prepared(sources, config, opened, processes, tell)
         plan = make(prepared.measured, prepared.rows.corpus, config, world=processes.world, packed=packed)
         dropped.extend((part, row) for row in prepared.measured.bad)  # the plan refuses them, or leaves them out
+        folders.extend(prepared.folders)
         return prepared.rows, plan
 
     def batches(rows: PreparedRows, plan: Plan, *, augment: bool) -> MicroBatches:
@@ -159,7 +165,8 @@ def _lay_out(
         eval_batches = batches(*planned("data.eval", config.data.eval, make_eval_plan), augment=False)
     if processes.is_first:
         _list_dropped(config, dropped, tell)
-    return _Data(train=batches(rows, plan, augment=True), plan=plan, eval=eval_batches)
+    train_batches = batches(rows, plan, augment=True)
+    return _Data(train=train_batches, plan=plan, eval=eval_batches, folders=tuple(dict.fromkeys(folders)))
 
 
 def _prepared(

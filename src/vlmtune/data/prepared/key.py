@@ -14,7 +14,7 @@ import transformers
 from vlmtune.data.rows.corpus import Source
 from vlmtune.models.family import OpenedFolder
 
-ENCODING = 1
+ENCODING = 2
 """Raised whenever the ids of a row, or the files of a shard, come out differently."""
 
 # The files of a model folder that say how text and pictures become ids.

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from vlmtune.data.rows.marks import MARK
-from vlmtune.data.sample import Laid, MediaPlan, MediaRef, Sample
+from vlmtune.data.sample import Box, Laid, MediaPlan, MediaRef, Sample
 from vlmtune.errors import DataError
 
 Kind = Literal["row", "length"]
@@ -81,12 +81,14 @@ def counts(sample: Sample, laid: Laid) -> tuple[int, ...]:
 
 def seen(sample: Sample, media: Sequence[tuple[MediaRef, MediaPlan]]) -> tuple[int, ...]:
     """The entries that need no tokens: all but the first two."""
-    answers = [message.text for message in sample.messages if message.role == "assistant"]
+    replies = [message for message in sample.messages if message.role == "assistant"]
+    answers = [message.text for message in replies]
+    boxes = [repr(part) for message in replies for part in message.parts if isinstance(part, Box)]
     return (
         len(media),
         sum(plan.num_tokens for _, plan in media),
         _hash(sample.id) if sample.id is not None else 0,
-        _hash("\0".join(answers)),
+        _hash("\0".join(answers + boxes)),
         sum(len(MARK.findall(answer)) for answer in answers if "<" in answer),
         min((min(plan.size) for _, plan in media), default=0),
     )

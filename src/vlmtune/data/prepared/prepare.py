@@ -16,22 +16,23 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vlmtune.config.schema import RunConfig
-from vlmtune.data.prepared.access import PreparedRows, Task
+from vlmtune.data.prepared.access import PreparedRows, Task, media_base
 from vlmtune.data.prepared.job import Look, Outcome, ShardJob
 from vlmtune.data.prepared.key import ENCODING, key_of
 from vlmtune.data.prepared.measure import COLUMNS, BadRow, Measured
 from vlmtune.data.prepared.pool import in_processes
-from vlmtune.data.prepared.store import Shard, find_shards
+from vlmtune.data.prepared.store import SHARDS, Shard, find_shards
 from vlmtune.data.row_encoder import RowEncoder
 from vlmtune.data.rows.corpus import Corpus
-from vlmtune.errors import DataError
+from vlmtune.errors import DataError, VlmtuneError
 from vlmtune.files import in_use, remove_drafts, write_atomic
 from vlmtune.models.family import OpenedFolder
 from vlmtune.progress import track
@@ -69,18 +70,21 @@ def prepare(corpus: Corpus, opened: OpenedFolder, *, into: Path, workers: int, l
     Args:
         into: the folder of prepared rows.
         workers: processes; 0 works in this one.
-        look: at the media of rows that were prepared before; a shard whose media changed is made again. Rows whose
-            pixels cannot be decoded are bad from then on, until their media are mended.
+        look: at the media of rows that were prepared before (at headers in any case where the file of rows lay
+            elsewhere then: a copy of it may have other pictures beside it); a shard whose media changed is made again.
+            Rows whose pixels cannot be decoded are bad from then on, until their media are mended.
 
     Raises:
         VlmtuneError: a worker was killed, the disk is full. A bad row never raises: it is listed in `measured.bad`.
     """
     encoder = RowEncoder(corpus, opened)
     tasks = _with_found(_tasks(encoder, into), verify=True)
-    outcomes = _work(encoder, tasks, workers, look)
+    outcomes = _work(encoder, tasks, workers, "headers" if look == "no" and _moved(corpus, tasks) else look)
     paths = [outcomes[task].path if task in outcomes else _found(task) for task in tasks]
-    _complete(encoder, tasks, paths)
     made = sum(task.stop - task.start for task, outcome in outcomes.items() if outcome.made)
+    # A folder that may only be read serves as it is.
+    with contextlib.nullcontext() if made else contextlib.suppress(VlmtuneError):
+        _complete(encoder, tasks, paths)
     return _gathered(encoder, tasks, paths, made)
 
 
@@ -132,9 +136,16 @@ def shard_rows(num_rows: int) -> int:
 def _tasks(encoder: RowEncoder, into: Path) -> list[Task]:
     tasks: list[Task] = []
     first = 0
+    homes: dict[Path, list[str]] = {}
     for number, source in enumerate(encoder.corpus.sources):
         key = key_of(source, encoder.opened_for(number))
         folder = into / f"{Path(source.names[0]).stem[:60]}-{key}"
+        # Two files that say the same may have different pictures beside them.
+        places = homes.setdefault(folder, [])
+        if (base := media_base(encoder.corpus, number)) not in places:
+            places.append(base)
+        if base != places[0]:
+            folder = folder.with_name(f"{folder.name}-{places.index(base) + 1}")
         size, step = len(source), shard_rows(len(source))
         for k, start in enumerate(range(0, size, step)):
             tasks.append(Task(number, k, first + start, first + min(start + step, size), folder))
@@ -176,6 +187,13 @@ def _once(tasks: Sequence[Task]) -> dict[tuple[Path, int], Task]:
     return {(task.folder, task.number): task for task in tasks}
 
 
+def _moved(corpus: Corpus, tasks: Sequence[Task]) -> bool:
+    """Whether shards were made from a file of rows in another place."""
+    sources = {task.folder: corpus.sources[task.source].rows.files[0] for task in tasks}
+    known = {folder: _manifest(folder) for folder in sources}
+    return any(known[folder].get("source", source) != source for folder, source in sources.items())
+
+
 def _worked(job: ShardJob, tasks: Sequence[Task], workers: int) -> list[Outcome]:
     def rows() -> Iterator[int]:
         for task, outcome in zip(tasks, in_processes(job, tasks, workers), strict=True):
@@ -210,35 +228,49 @@ def _gathered(encoder: RowEncoder, tasks: Sequence[Task], paths: Sequence[Path],
 
 def _complete(encoder: RowEncoder, tasks: Sequence[Task], paths: Sequence[Path]) -> None:
     """Write each source's manifest, and remove the shards that its file had before it changed."""
-    for number, source in enumerate(encoder.corpus.sources):
-        own = [(task, path) for task, path in zip(tasks, paths, strict=True) if task.source == number]
-        if not own:
-            continue
-        folder = own[0][0].folder
+    whole: dict[Path, list[Path]] = {}
+    for task, path in zip(tasks, paths, strict=True):
+        whole.setdefault(task.folder, []).append(path)
+    sources = {task.folder: encoder.corpus.sources[task.source] for task in tasks}
+    changed: dict[str, str] = {}
+    for folder, own in whole.items():
+        source = sources[folder]
         manifest = {
             "version": 1,
             "source": source.rows.files[0],
             "rows": len(source),
             "digest": source.rows.digest,
             "encoding": ENCODING,
-            "shards": [path.name for _, path in own],
+            "shards": sorted({path.name for path in own}),
         }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        if not (folder / MANIFEST).exists() or (folder / MANIFEST).read_text(encoding="utf-8") != text:
-            write_atomic(folder / MANIFEST, text)
-            _remove_outdated(folder, manifest)
+        for path in set(folder.glob(SHARDS)).difference(own):  # damaged, or replaced when this was killed
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if _manifest(folder) != manifest:
+            write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+            changed[source.rows.files[0]] = source.rows.digest
+    if changed:
+        _remove_outdated(tasks[0].folder.parent, changed)
 
 
-def _remove_outdated(folder: Path, manifest: dict[str, object]) -> None:
-    for other in folder.parent.glob(f"*/{MANIFEST}"):
-        if other.parent == folder:
-            continue
-        try:
-            theirs = json.loads(other.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if theirs.get("source") == manifest["source"] and theirs.get("digest") != manifest["digest"]:
-            shutil.rmtree(other.parent, ignore_errors=True)
+def _remove_outdated(into: Path, changed: Mapping[str, str]) -> None:
+    """changed: the digest of each file that has new shards. Old ones that a run still uses stay."""
+    for path in into.glob(f"*/{MANIFEST}"):
+        theirs = _manifest(path.parent)
+        source = str(theirs.get("source"))
+        if source in changed and theirs.get("digest") != changed[source]:
+            with in_use(path.parent) as alone:
+                if alone():
+                    shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest says; nothing without one."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @contextlib.contextmanager

@@ -34,6 +34,9 @@ from vlmtune.data.prepared.measure import COLUMNS
 from vlmtune.data.sample import Laid, MediaPlan, MediaRef
 from vlmtune.files import write_atomic
 
+SHARDS = "[0-9]*-*.safetensors"
+"""The names of shards."""
+
 Media = tuple[tuple[MediaRef, MediaPlan], ...]
 
 
@@ -190,7 +193,7 @@ def find_shards(folder: Path, numbers: Sequence[int], *, verify: bool) -> dict[i
     """The whole shards among `numbers`. verify: recompute each CRC-32; else names and headers are believed."""
     wanted = set(numbers)
     found: dict[int, Path] = {}
-    for path in sorted(folder.glob("[0-9]*-*.safetensors")):
+    for path in sorted(folder.glob(SHARDS)):
         number, _, crc = path.stem.partition("-")
         if number.isdecimal() and int(number) in wanted and (not verify or _crc(path) == crc):
             found[int(number)] = path
