@@ -94,7 +94,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One row: system? (user assistant)+, in order. `data.adapters` guarantees the order of the roles."""
+    """One row: system? (user assistant)+, in order. `data.rows.adapters` guarantees the order of the roles."""
 
     messages: tuple[Message, ...]
     origin: str

@@ -32,7 +32,7 @@ def _plain(part: Part) -> str:
 
 
 def to_task(sample: Sample) -> Task:
-    """Split off the last answer; `data.adapters` guarantees that a row ends with one."""
+    """Split off the last answer; `data.rows.adapters` guarantees that a row ends with one."""
     *before, last = sample.messages
     if last.role != "assistant":
         raise ValueError(f"{sample.origin}: a row ends with an answer, not with a {last.role} turn")

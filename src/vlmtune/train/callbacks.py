@@ -18,7 +18,7 @@ _SECONDS_OF_ONE_SIGNAL = 1.0
 
 
 class Plan(Protocol):
-    """What the training loop needs to know of `data.mixture.Plan`."""
+    """What the training loop needs to know of `data.plan.packing.Plan`."""
 
     @property
     def num_steps(self) -> int: ...

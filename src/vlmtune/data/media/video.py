@@ -1,7 +1,7 @@
 """Videos as pictures: which frames are shown, and all pictures and frames of a row, decoded in one pass over each file.
 
 A frame is a `MediaRef` with a number. A folder of pictures is a video too: its frames are its pictures in the natural
-order of their names. Other videos are files, see `data.containers`.
+order of their names. Other videos are files, see `media.containers`.
 """
 
 from __future__ import annotations

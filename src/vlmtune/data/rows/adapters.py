@@ -1,4 +1,4 @@
-"""What a row says, as a `Sample`. Which format a row has is known by its keys: see `data.formats`.
+"""What a row says, as a `Sample`. Which format a row has is known by its keys: see `rows.formats`.
 
 Text is kept exactly as it stands, the newline beside a mark included. A mark is a mark in user turns only; in an
 answer it is text. Everything that cannot be trained as it stands is a `DataError`, never repaired.

@@ -275,7 +275,7 @@ def _joined(each: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 class TarRoot:
-    """Media paths of a source are names of members; see `data.sources.Root`.
+    """Media paths of a source are names of members; see `rows.paths.Root`.
 
     An absolute path is read as if the archive had been unpacked beside itself.
     """

@@ -26,7 +26,7 @@ _STATE = "state.json"
 
 
 class TableRows:
-    """See `data.sources.Rows`. A row's label is its number in its file, from 1."""
+    """See `rows.corpus.Rows`. A row's label is its number in its file, from 1."""
 
     def __init__(self, files: Sequence[str], memory: Path | None = None) -> None:
         """

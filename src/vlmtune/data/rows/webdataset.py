@@ -38,7 +38,7 @@ _JSON = "json"
 
 
 class WebDatasetRows:
-    """See `data.sources.Rows`."""
+    """See `rows.corpus.Rows`."""
 
     def __init__(self, members: Members, memory: Path | None = None) -> None:
         """
