@@ -125,7 +125,8 @@ class _Stock:
         self.tokens = int(lengths.sum())
         self.longest: int = present[-1]
         random = np.random.Generator(np.random.PCG64(seed))
-        self.queue: list[int] = [*random.permutation(lengths).tolist(), *[0] * (_LEADS + _LOOKS)]
+        # Sorted first: which packs there are must not depend on the order in which the lengths are given.
+        self.queue: list[int] = [*random.permutation(np.sort(lengths)).tolist(), *[0] * (_LEADS + _LOOKS)]
         self.at = 0
         self._skipped = [0] * (capacity + 1)  # rows of a length that went out of turn, by length
         self._there = sum(1 << length for length in present)
@@ -216,7 +217,7 @@ def fill(lengths: np.ndarray, capacity: int, seed: int) -> tuple[np.ndarray, np.
 
     Returns:
         The lengths, pack by pack, and int64 (packs + 1,), where each pack begins in them; packs in falling order of
-        their longest row as long as that is more than a third of the capacity.
+        their longest row as long as that is more than a third of the capacity. The order of `lengths` changes nothing.
     """
     if not len(lengths):
         return np.zeros(0, np.int64), np.zeros(1, np.int64)

@@ -158,3 +158,17 @@ def test_a_million_rows_are_planned_in_seconds() -> None:
     plan.rows(8 * plan.micro_batches_per_step)
     assert time.monotonic() - started < 15
     assert plan.arithmetic()["fill"] > 0.985
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_row_of_an_uneven_epoch_is_lost_where_packs_are_counted_before(seed: int) -> None:
+    """The packs of an epoch are counted from its rows in their order, and made from its rows when they are shuffled."""
+    lengths = np.random.default_rng(seed).integers(5, 90, 1500).tolist()
+    plan = plan_of(lengths, way={"repeat": 2.5}, epochs=3, seed=seed, global_batch_tokens=400)
+    taken: Counter[int] = Counter()
+    for number, step in enumerate(all_steps(plan)):
+        taken.update(row for pack in step for row in pack)
+        if plan.is_epoch_end(number):
+            assert sum(taken.values()) == 3750 * round(plan.step_epoch(number))
+            assert max(taken.values()) - min(taken.values()) <= 1
+    assert sum(taken.values()) == 3 * 3750
