@@ -19,7 +19,7 @@ from vlmtune.config.sources import AnySource
 from vlmtune.data.checks.quick import look_over
 from vlmtune.data.plan.bad_rows import Judged, bad_row_dict, judge
 from vlmtune.data.plan.mixture import epoch_counts, mixing_text
-from vlmtune.data.plan.packing import plan_rows, refuse_mixing
+from vlmtune.data.plan.packing import mixture_of, plan_rows, refuse_mixing, rows_to_evaluate
 from vlmtune.data.plan.sharing import resolve_packing
 from vlmtune.data.plan.train_plan import TrainPlan
 from vlmtune.data.prepared.job import Look
@@ -96,7 +96,7 @@ class Report:
     plan: TrainPlan | None
     """The run over the usable rows, as if the bad ones were not there; None when that cannot be, or is not known."""
     no_plan: DataError | None
-    """Why there is no plan: a source without a usable row."""
+    """Why a run could not be planned: a source without a usable row, or nothing to evaluate on."""
     packed: bool
     quick: bool
     """Whether rows were not tokenised, so that nothing is known about lengths."""
@@ -189,11 +189,15 @@ def check(
         evaluated = _part(config.data.eval, config, opened, decode=decode, quick=quick)
         refuse_mixing(evaluated.corpus)
     plan, no_plan = None, None
-    if not quick:
-        try:
+    try:
+        if quick:
+            mixture_of(train.usable, train.corpus, config)
+        else:
             plan = plan_rows(train.usable, train.measured, train.corpus, config, world=world, packed=packed)
-        except DataError as error:
-            no_plan = error
+        if evaluated is not None:
+            rows_to_evaluate(evaluated.usable)
+    except DataError as error:
+        no_plan = error
     report = Report(
         train=train,
         eval=evaluated,

@@ -56,13 +56,18 @@ def make_plan(measured: Measured, corpus: Corpus, config: RunConfig, *, world: i
     return plan_rows(usable_rows(measured, corpus, config.data), measured, corpus, config, world=world, packed=packed)
 
 
+def mixture_of(usable: np.ndarray, corpus: Corpus, config: RunConfig) -> Mixture:
+    """The mixture that the run's plan is made of. Raises: see `make_mixture`."""
+    options = [source.options for source in corpus.sources]
+    return make_mixture(usable, corpus.source_sizes, options, corpus.names, config.train.seed)
+
+
 def plan_rows(
     usable: np.ndarray, measured: Measured, corpus: Corpus, config: RunConfig, *, world: int, packed: bool
 ) -> TrainPlan:
     """`make_plan` for the rows where `usable` is true, whatever the others are like."""
     train = config.train
-    options = [source.options for source in corpus.sources]
-    mixture = make_mixture(usable, corpus.source_sizes, options, corpus.names, train.seed)
+    mixture = mixture_of(usable, corpus, config)
     if train.global_batch_tokens is not None:
         if not packed:
             raise ConfigError(
@@ -238,6 +243,15 @@ def refuse_mixing(corpus: Corpus) -> None:
             )
 
 
+def rows_to_evaluate(usable: np.ndarray) -> np.ndarray:
+    """Row numbers. Raises: DataError: none."""
+    rows = np.flatnonzero(usable)
+    if not len(rows):
+        remedy = "Run `vlmtune check` to see why the rows were dropped."
+        raise DataError("no row is left to evaluate on", where="data.eval", remedy=remedy)
+    return rows
+
+
 def make_eval_plan(measured: Measured, corpus: Corpus, config: RunConfig, *, world: int, packed: bool) -> EvalPlan:
     """Lay down an evaluation.
 
@@ -245,9 +259,7 @@ def make_eval_plan(measured: Measured, corpus: Corpus, config: RunConfig, *, wor
         DataError: bad rows, or none left. ConfigError: an eval source that is mixed.
     """
     refuse_mixing(corpus)
-    rows = np.flatnonzero(usable_rows(measured, corpus, config.data))
-    if not len(rows):
-        raise DataError("no row is left to evaluate on", where="data.eval")
+    rows = rows_to_evaluate(usable_rows(measured, corpus, config.data))
     lengths = measured.num_tokens[rows].tolist()
     if packed:
         groups = packs_of(lengths, config.data.max_length)

@@ -181,6 +181,13 @@ def test_dropping_bad_rows_says_nothing_about_long_ones(folder: Path, opened: Op
     assert not both.refuses and [entry["kind"] for entry in both.as_dict()["bad"]] == ["row"]
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_an_evaluation_of_no_row_is_refused(folder: Path, opened: OpenedFolder, quick: bool) -> None:
+    files = {"a.jsonl": [row()], "eval.jsonl": [row(answer="")]}
+    report = report_on(folder, opened, files, bad_rows="drop", max_bad_share=1, quick=quick)
+    assert report.refuses and "data.eval: no row is left to evaluate on" in " ".join(shown(report).split())
+
+
 def test_a_source_without_a_usable_row_is_refused(folder: Path, opened: OpenedFolder) -> None:
     files = {"a.jsonl": [row()], "b.jsonl": [row(answer=""), row(answer=" ")]}
     report = report_on(folder, opened, files, bad_rows="drop", max_bad_share=1)
@@ -215,6 +222,15 @@ def test_the_quick_look_finds_the_same_bad_rows_and_oddities_without_tokens(fold
     assert "5 bad rows: a run would refuse to start." in shown(quick)
     good = report_on(folder, opened, [row()], quick=True)
     assert not good.refuses and "No row is bad." in shown(good) and "Tokens per row" not in shown(good)
+
+
+def test_the_quick_look_refuses_what_a_plan_would(folder: Path, opened: OpenedFolder) -> None:
+    outside = row("<image>Where?", "<bbox>", image="a.png", objects={"ref": [], "bbox": [[1, 2, 1000, 2000]]})
+    slow, quick = (report_on(folder, opened, [row(), outside], quick=quick) for quick in (False, True))
+    assert quick.bad == slow.bad and "lies outside of its picture" in quick.bad[0][1].reason
+    for quickly in (False, True):
+        with pytest.raises(ConfigError, match="less than half a row"):
+            report_on(folder, opened, [row()] * 3, ways={"a.jsonl": {"repeat": 0.1}}, quick=quickly)
 
 
 def test_the_quick_look_works_in_processes_and_decodes(folder: Path, opened: OpenedFolder) -> None:
