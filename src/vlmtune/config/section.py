@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-PathText = Annotated[str, Field(min_length=1)]  # `config.load` makes it absolute
+
+def _no_zero_byte(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("holds a zero byte, which no path can")
+    return path
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_no_zero_byte)]  # `config.load` makes it absolute
+
+
+MAX_TILES = 1000  # every grid up to this many tiles is compared; a slip of the keyboard would look like a hang
 
 
 class Section(BaseModel):
@@ -16,9 +26,9 @@ class Section(BaseModel):
 class ImageOptions(Section):
     """How pictures are cut; a field that is left out keeps the value of the model folder's preprocessor."""
 
-    max_tiles: Annotated[int, Field(ge=1)] | None = None
+    max_tiles: Annotated[int, Field(ge=1, le=MAX_TILES)] | None = None
     """Most tiles a picture may be cut into (InternVL: `max_patches`; the thumbnail is not counted)."""
-    min_tiles: Annotated[int, Field(ge=1)] | None = None
+    min_tiles: Annotated[int, Field(ge=1, le=MAX_TILES)] | None = None
     """Fewest tiles."""
     max_pixels: Annotated[int, Field(ge=1)] | None = None
     """Largest area after resizing, in pixels, for models that keep the aspect ratio (Qwen-VL)."""

@@ -291,6 +291,8 @@ def test_a_replacement_in_a_tar_is_no_folder(load: Load, tmp_path: Path) -> None
         ("{path: a, root: [b, '']}", ".root: is no path; expected a folder, a tar file, or a list of them."),
         ("{path: a, repeat: 0}", ".repeat: found 0; expected more than 0."),
         ("{path: a, choose: 1.5}", ".choose: found the number 1.5; expected a whole number."),
+        ('{path: "a\\0b"}', ".path: holds a zero byte, which no path can."),
+        ("{path: a, image: {max_tiles: 1000000000}}", ".image.max_tiles: found 1000000000; expected at most 1000."),
         ("{path: a, image: {max_tile: 3}}", ".image.max_tile: unknown key; did you mean max_tiles?"),
         ("{path: a, replace_prefix: x}", ".replace_prefix: found the text 'x'; expected a group of keys."),
         ("{root: a}", ".path: missing: a .json list, a .jsonl file,"),

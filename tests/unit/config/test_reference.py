@@ -28,4 +28,4 @@ def test_values_defaults_and_limits_are_told() -> None:
     assert "number ≥ 0, < 1" in rows["warmup"]
     assert "**required**" in rows["path"]
     assert "`sdpa`, `eager`" in rows["attention"]
-    assert "| whole number ≥ 1 | – |" in rows["max_tiles"]
+    assert "| whole number ≥ 1, ≤ 1,000 | – |" in rows["max_tiles"]

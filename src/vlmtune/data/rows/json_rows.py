@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmtune.data.rows.formats import cut
 from vlmtune.data.rows.index import RowIndex, index_file
 from vlmtune.data.rows.remember import Known, remembered
 from vlmtune.errors import DataError
@@ -106,10 +107,13 @@ def parse_row(raw: bytes, origin: str) -> object:
             remedy="Save the file as UTF-8 (for a Chinese file: iconv -f GB18030 -t UTF-8).",
         ) from None
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=no_key_twice)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(row, ensure_ascii=False).encode("utf-8")
         return row
+    except DataError as error:
+        error.where = origin
+        raise
     except UnicodeEncodeError as error:
         raise DataError(
             f"the escape \\u{ord(error.object[error.start]):04x} is half of a character",
@@ -123,6 +127,24 @@ def parse_row(raw: bytes, origin: str) -> object:
         raise DataError("the row is nested too deeply", where=origin, expected="an object of a few levels") from None
     except ValueError as error:  # a number with thousands of digits
         raise DataError(f"broken JSON: {error}", where=origin) from None
+
+
+def no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object; JSON readers keep the last of two equal keys and forget the other in silence.
+
+    Raises:
+        DataError: without its place, which the caller knows.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DataError(
+            f"the key {cut(repr(twice), 60)} stands twice in one object",
+            expected="every key once",
+            remedy="Take one of the two out: only one of their values could be used.",
+        )
+    return found
 
 
 def _broken_json(text: str, error: json.JSONDecodeError, origin: str) -> DataError:

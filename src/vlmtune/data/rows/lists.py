@@ -25,11 +25,13 @@ from decimal import Decimal
 from typing import Any
 
 from vlmtune.config.schema import AnySource, HubSource, ImageOptions, Read, SourceConfig, XTunerLists
+from vlmtune.config.section import MAX_TILES
 from vlmtune.config.sources import MAX_CHOOSE, MAX_REPEAT
 from vlmtune.data.counts import exact_count
 from vlmtune.data.rows.formats import cut
-from vlmtune.data.rows.json_rows import parse_row
-from vlmtune.data.rows.patterns import files_of, is_pattern
+from vlmtune.data.rows.json_rows import no_key_twice, parse_row
+from vlmtune.data.rows.paths import renamed
+from vlmtune.data.rows.patterns import files_of, is_pattern, refuse_special
 from vlmtune.errors import DataError
 
 MAX_LIST_BYTES = 16 << 20  # a list of files; anything larger is something else
@@ -91,18 +93,11 @@ def _meta_of(path: str) -> Mapping[str, Any] | None:
         return None
     name = os.path.basename(path)
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise DataError(
-                f"the key {cut(repr(twice), 100)} stands twice in one object", where=name, remedy="Rename one of them."
-            )
-        return found
-
     try:
-        meta = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        meta = json.loads(raw.decode("utf-8"), object_pairs_hook=no_key_twice)
+    except DataError as error:
+        error.where = name
+        raise
     except (UnicodeDecodeError, RecursionError, ValueError) as error:
         if b'"annotation"' in raw and "Extra data" not in str(error):
             parse_row(raw, name)  # says what is broken, and where
@@ -116,6 +111,7 @@ def _internvl(source: SourceConfig, meta: Mapping[str, Any]) -> list[Listed]:
     _only_repeat(source, label)
     places = [f"{label}: {cut(name, 100)}" for name in meta]
     entries = [_checked_entry(entry, where) for entry, where in zip(meta.values(), places, strict=True)]
+    entries = [_renamed(entry, source.replace_prefix) for entry in entries]
     base = _base(source, [(where, entry["annotation"]) for entry, where in zip(entries, places, strict=True)])
     return [_entry_source(source, entry, where, base) for entry, where in zip(entries, places, strict=True)]
 
@@ -149,16 +145,25 @@ def _checked_entry(entry: object, where: str) -> dict[str, Any]:
             raise DataError(f"`{key}` is {json.dumps(value)[:60]}", where=where, expected=expected)
     if not entry["annotation"]:
         raise DataError("`annotation` is empty", where=where, expected="the path of a .jsonl or .json file")
-    for key in ("repeat_time", "max_dynamic_patch"):
-        value = entry.get(key)
-        if value is not None and not 0 < value < float("inf"):
-            raise DataError(
-                f"`{key}` is {cut(str(value), 40)}",
-                where=where,
-                expected="more than 0",
-                remedy="Take the entry out of the list if none of its rows is wanted." if key == "repeat_time" else "",
-            )
+    repeat, tiles = entry.get("repeat_time"), entry.get("max_dynamic_patch")
+    if repeat is not None and not 0 < repeat < float("inf"):
+        raise DataError(
+            f"`repeat_time` is {cut(str(repeat), 40)}",
+            where=where,
+            expected="more than 0",
+            remedy="Take the entry out of the list if none of its rows is wanted.",
+        )
+    if tiles is not None and not 1 <= tiles <= MAX_TILES:
+        raise DataError(
+            f"`max_dynamic_patch` is {cut(str(tiles), 40)}", where=where, expected=f"from 1 to {MAX_TILES:,}"
+        )
     return entry
+
+
+def _renamed(entry: dict[str, Any], prefixes: Mapping[str, str]) -> dict[str, Any]:
+    """An entry whose paths are those of this machine."""
+    paths = {key: renamed(entry[key], prefixes) for key in ("annotation", "root") if entry.get(key)}
+    return {**entry, **paths}
 
 
 def _entry_source(source: SourceConfig, entry: Mapping[str, Any], where: str, base: str) -> Listed:
@@ -183,7 +188,8 @@ def _entry_source(source: SourceConfig, entry: Mapping[str, Any], where: str, ba
 def _xcomposer(source: SourceConfig) -> list[Listed]:
     label = os.path.basename(source.path)
     _only_repeat(source, label)
-    lines = _numbered_paths(source.path, label)
+    numbered = _numbered_paths(source.path, label)
+    lines = {where: (renamed(path, source.replace_prefix), number) for where, (path, number) in numbered.items()}
     without = [where for where, (_, number) in lines.items() if number is None]
     if without and len(without) < len(lines):
         raise DataError(
@@ -305,6 +311,14 @@ def _base(source: SourceConfig, paths: Sequence[tuple[str, str]]) -> str:
     tried.append(os.path.dirname(source.path))
     while os.path.dirname(tried[-1]) != tried[-1]:
         tried.append(os.path.dirname(tried[-1]))
+    for where, path in paths:
+        if os.path.isabs(path) and not _is_there("", path):
+            raise DataError(
+                f"there is no file {cut(path, 300)}",
+                where=where,
+                remedy="If it is another machine's path, say at the source where its files are here: "
+                f"`replace_prefix: {{{cut(os.path.dirname(path), 200)}/: data/}}`; else correct it in the list.",
+            )
     relative = [(where, path) for where, path in paths if not os.path.isabs(path)]
     for folder in tried:
         if all(_is_there(folder, path) for _, path in relative):
@@ -339,6 +353,7 @@ def _is_there(folder: str, path: str) -> bool:
 def _read(path: str, begins_with: bytes = b"") -> bytes | None:
     """The whole of a list; None when it does not begin as it should, or cannot be one, which its reader will judge."""
     name = os.path.basename(path)
+    refuse_special(path)
     try:
         with open(path, "rb") as stream:
             if begins_with:

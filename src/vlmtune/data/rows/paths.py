@@ -155,8 +155,7 @@ class RenamedRoot:
 
     def __init__(self, root: Root, prefixes: Mapping[str, str]) -> None:
         self._root = root
-        longest_first = sorted(prefixes.items(), key=lambda pair: -len(pair[0]))
-        self._prefixes = tuple((_slashed(old).rstrip("/"), new) for old, new in longest_first)
+        self._prefixes = dict(prefixes)
 
     @property
     def digest(self) -> str:
@@ -166,26 +165,31 @@ class RenamedRoot:
         """See `MediaRoot.locate`."""
         if name[:5].lower() == "data:":
             return self._root.locate(name)
-        renamed = self._renamed(name)
-        if renamed == name and name[:5].lower() == "file:":
+        here = renamed(name, self._prefixes)
+        if here == name and name[:5].lower() == "file:":
             plain = without_file_scheme(name)
-            again = self._renamed(plain)
-            renamed = again if again != plain else name
-        if renamed == name:
+            again = renamed(plain, self._prefixes)
+            here = again if again != plain else name
+        if here == name:
             return self._root.locate(name)
         try:
-            return self._root.locate(renamed)
+            return self._root.locate(here)
         except DataError as error:
             error.found += f" [the row says {_cut(name)}, changed by `replace_prefix`]"
             raise
 
-    def _renamed(self, name: str) -> str:
-        slashed = _slashed(name)
-        for old, new in self._prefixes:
-            if slashed.startswith(old + "/"):
-                rest = slashed[len(old) :].lstrip("/")
-                return new.rstrip("/") + "/" + rest if new else rest
+
+def renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """`name` with its beginning replaced; see `RenamedRoot` for which prefix fits."""
+    if not prefixes:
         return name
+    slashed = _slashed(name)
+    for old, new in sorted(prefixes.items(), key=lambda pair: -len(pair[0])):
+        old = _slashed(old).rstrip("/")
+        if slashed.startswith(old + "/"):
+            rest = slashed[len(old) :].lstrip("/")
+            return new.rstrip("/") + "/" + rest if new else rest
+    return name
 
 
 def _slashed(path: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 from collections.abc import Iterator
 
 from vlmtune.errors import DataError
@@ -20,15 +21,34 @@ def is_pattern(path: str) -> bool:
     return _WILD.search(path) is not None and not os.path.lexists(path)
 
 
+def refuse_special(path: str) -> None:
+    """
+    Raises:
+        DataError: `path` is a pipe, a device or a socket; opening one may wait for ever, and nothing can be read twice.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says what is wrong
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise DataError(
+            f"{path} is no regular file, but a pipe or a device",
+            where=os.path.basename(path),
+            expected="a file or a folder",
+            remedy="Save what comes out of it as a file, and give its path.",
+        )
+
+
 def files_of(path: str) -> tuple[str, ...]:
     """The files that `path` stands for: itself, or what its braces and `*`, `?`, `[…]`, `**` match, sorted by name.
 
     Braces come first, in the order in which they are written; each alternative has to match something.
 
     Raises:
-        DataError: nothing matches, or a file of a range is missing.
+        DataError: nothing matches, a file of a range is missing, or `path` is a pipe or a device.
     """
     if not is_pattern(path):
+        refuse_special(path)
         return (path,)
     found: list[str] = []
     for alternative in _expand_braces(path):

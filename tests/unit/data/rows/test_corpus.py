@@ -143,6 +143,13 @@ def test_half_of_a_character_is_refused(tmp_path: Path) -> None:
         corpus.row(2)
 
 
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    twice = '{"image": "a.png", "image": "b.png", "x": 1}'
+    said = "the key 'image' stands twice in one object; expected every key once."
+    assert reason(tmp_path / "a.jsonl", twice).startswith(f"a.jsonl:1: {said}")
+    assert reason(tmp_path / "b.json", f'[{{"turns": [{twice}]}}]').startswith(f"b.json:1: {said}")
+
+
 def test_the_example_of_xcomposers_page_is_not_json(tmp_path: Path) -> None:
     text = """[ { "id": "0",
       "image": ['path/to/image_0.jpg', 'path/to/image_1.jpg']

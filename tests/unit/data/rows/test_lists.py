@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections import Counter
 from fractions import Fraction
@@ -166,6 +167,8 @@ def test_paths_of_a_list_start_from_the_nearest_folder_that_has_them_all(folder:
         ({"annotation": "a.jsonl", "repeat_time": float("inf")}, "x: `repeat_time` is inf"),
         ({"annotation": "a.jsonl", "repeat_time": 1e300}, "x: `repeat_time`: every row would come 1e+300 times; exp"),
         ({"annotation": "a.jsonl", "max_dynamic_patch": 0}, "x: `max_dynamic_patch` is 0"),
+        ({"annotation": "a.jsonl", "max_dynamic_patch": 10**9}, "x: `max_dynamic_patch` is 1000000000; expected"),
+        ({"annotation": "/mnt/x/a.jsonl"}, "x: there is no file /mnt/x/a.jsonl. If it is another machine's path"),
         ({"annotation": "a.jsonl", "max_dynamic_patch": 1.5}, "x: `max_dynamic_patch` is 1.5; expected a whole number"),
         ({"annotation": "a.jsonl", "data_augment": "no"}, 'x: `data_augment` is "no"; expected true or false'),
         ({"annotation": "a.jsonl", "length": 12}, "x: the list says `length` 12, but a.jsonl has 10 rows"),
@@ -387,3 +390,21 @@ def test_the_official_lists_with_several_lines(folder: Path) -> None:
         # A path that stands twice is taken once there, and as often as it stands here.
         if case["given_num"] and case["counts"] is not None and len({path for path, _ in lines}) == len(lines):
             assert ours == case["counts"]
+
+
+def test_paths_of_another_machine_in_lists(folder: Path) -> None:
+    (folder / "img").mkdir()
+    meta = {"x": {"root": "/mnt/old/img/", "annotation": "/mnt/old/a.jsonl", "repeat_time": 2}}
+    source = write(folder, "meta.json", meta).model_copy(update={"replace_prefix": {"/mnt/old/": str(folder)}})
+    (entry,) = files(source)
+    assert (entry.path, entry.root, entry.repeat) == (str(folder / "a.jsonl"), str(folder / "img"), 2)
+    listed = write(folder, "data.txt", "/mnt/old/a.jsonl 0.01\n")
+    assert "data.txt:1: there is no file /mnt/old/a.jsonl" in reason(listed)
+    (line,) = files(listed.model_copy(update={"replace_prefix": {"/mnt/old": ""}}))
+    assert (line.path, line.choose) == (str(folder / "a.jsonl"), 10)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.txt", "meta.json", "rows.jsonl", "x.tar", "x.parquet"])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    assert "is no regular file, but a pipe or a device" in reason(SourceConfig(path=str(tmp_path / name)))
