@@ -79,6 +79,16 @@ class _Draft:
 
 
 def _draft(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> _Draft:
+    media, pieces = _pieces(sample, opened, prompt=prompt)
+    groups: list[list[Run] | int] = []
+    for group in _groups(pieces):
+        at_start = not groups and not opened.chat.prefix_ids
+        groups.append(group if isinstance(group, int) else opened.text.cut(group, at_start=at_start))
+    return _Draft(groups, media)
+
+
+def _pieces(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> tuple[_Planned, list[Piece]]:
+    """The media of the row, and its text and places in their order."""
     try:
         found = _plan(sample, opened)
         planned = [plan for _, plan in found.media if not plan.is_frame]
@@ -93,11 +103,7 @@ def _draft(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> _Draft:
         if error.where:
             raise
         raise with_origin(error, sample.origin) from error
-    groups: list[list[Run] | int] = []
-    for group in _groups(pieces):
-        at_start = not groups and not opened.chat.prefix_ids
-        groups.append(group if isinstance(group, int) else opened.text.cut(group, at_start=at_start))
-    return _Draft(groups, found.media)
+    return found.media, pieces
 
 
 def _finish(draft: _Draft, opened: OpenedFolder) -> Laid:
@@ -114,12 +120,24 @@ def _finish(draft: _Draft, opened: OpenedFolder) -> Laid:
     return Laid(ids=np.array(ids, np.int32), trained=np.array(trained, bool), places=tuple(places), media=draft.media)
 
 
+_Planned = tuple[tuple[MediaRef, MediaPlan], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class _RowMedia:
     """media: every picture and every chosen frame in the order of the row. films: its videos."""
 
     media: tuple[tuple[MediaRef, MediaPlan], ...]
     films: tuple[Film, ...]
+
+
+def look_at(sample: Sample, opened: OpenedFolder) -> tuple[tuple[MediaRef, MediaPlan], ...]:
+    """What `plan_media` gives, of a row that `lay_row` would take: everything but its ids is looked at.
+
+    Raises:
+        DataError: as `lay_row`.
+    """
+    return _pieces(sample, opened, prompt=False)[0]
 
 
 def plan_media(sample: Sample, opened: OpenedFolder) -> tuple[tuple[MediaRef, MediaPlan], ...]:

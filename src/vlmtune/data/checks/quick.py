@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vlmtune.data.encode import plan_media, with_origin
+from vlmtune.data.encode import look_at, with_origin
 from vlmtune.data.media import video
 from vlmtune.data.prepared.measure import COLUMNS, BadRow, Measured, seen
 from vlmtune.data.prepared.pool import in_processes
@@ -95,7 +95,7 @@ class _Job:
         return _Result(columns, bad, unknown_keys)
 
     def _seen(self, sample: Sample, opened: OpenedFolder) -> tuple[int, ...]:
-        found = plan_media(sample, opened)
+        found = look_at(sample, opened)
         if self.decode:
             video.decode([ref for ref, _ in found], opened.media)
         return seen(sample, found)
