@@ -1,7 +1,7 @@
 """One shard of prepared rows: text ids, trained flags, media references and counts; never pixels.
 
-A shard is one file of mapped arrays (see `arrays`), named by its number and the CRC-32 of its bytes, so that its name
-says whether it is whole. What a medium becomes is kept as its plan; the ids of its placeholders are not kept, as they
+A shard is one file of mapped arrays (see `arrays`), named by its number and a CRC-32 over its folder's name, its number
+and its bytes, so that its name says whether it is whole and in its place. What a medium becomes is kept as its plan; the ids of its placeholders are not kept, as they
 follow from the plan. Row i of n owns the slice ``ends[i-1]:ends[i]`` of each flat array:
 
 =================  =======================================================================================
@@ -83,7 +83,7 @@ class ShardWriter:
 
     def write(self, folder: Path, number: int) -> Path:
         content = self.content()
-        path = folder / f"{number:05d}-{zlib.crc32(content):08x}.safetensors"
+        path = folder / f"{number:05d}-{zlib.crc32(content, _seal(folder, number)):08x}.safetensors"
         write_atomic(path, content)
         return path
 
@@ -195,13 +195,18 @@ def find_shards(folder: Path, numbers: Sequence[int], *, verify: bool) -> dict[i
     found: dict[int, Path] = {}
     for path in sorted(folder.glob(SHARDS)):
         number, _, crc = path.stem.partition("-")
-        if number.isdecimal() and int(number) in wanted and (not verify or _crc(path) == crc):
+        if number.isdecimal() and int(number) in wanted and (not verify or _crc(path, int(number)) == crc):
             found[int(number)] = path
     return found
 
 
-def _crc(path: Path) -> str:
-    value = 0
+def _seal(folder: Path, number: int) -> int:
+    """What a shard's CRC-32 begins with, so that a whole shard under another's number or key is not taken for it."""
+    return zlib.crc32(f"{folder.name}/{number}".encode("utf-8", "surrogatepass"))
+
+
+def _crc(path: Path, number: int) -> str:
+    value = _seal(path.parent, number)
     with open(path, "rb") as stream:
         while block := stream.read(1 << 22):
             value = zlib.crc32(block, value)

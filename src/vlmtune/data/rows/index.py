@@ -18,6 +18,14 @@ from vlmtune.errors import DataError
 BLOCK = 4 << 20
 _UTF8_BOM = b"\xef\xbb\xbf"
 _OTHER_BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xff": "UTF-32"}
+_FOREIGN = {
+    b"\x1f\x8b": "gzip data",
+    b"PK\x03\x04": "a zip archive",
+    b"(\xb5/\xfd": "zstd data",
+    b"PAR1": "a parquet file",
+    b"\x80\x04": "a Python pickle, which is never opened",
+    b"\x80\x05": "a Python pickle, which is never opened",
+}
 _SPACE = b" \t\r\n"
 
 
@@ -87,6 +95,11 @@ def _refuse_list(stream: BinaryIO, first: int, name: str) -> None:
 
 def _skip_bom(stream: BinaryIO, name: str) -> int:
     head = stream.read(4)
+    for mark, kind in _FOREIGN.items():
+        if head.startswith(mark):
+            raise DataError(
+                f"the file is {kind}", where=name, expected="JSON text", remedy="Unpack it, or name it what it is."
+            )
     for mark, encoding in _OTHER_BOMS.items():
         if head.startswith(mark):
             raise DataError(

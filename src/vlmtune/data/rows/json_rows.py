@@ -18,7 +18,7 @@ MAX_ROW_BYTES = 256 << 20  # a row with pictures as data URIs is large; a larger
 
 
 class JsonRows:
-    """See `data.sources.Rows`."""
+    """See `rows.corpus.Rows`."""
 
     def __init__(self, path: str, name: str, memory: Path | None = None) -> None:
         """

@@ -20,6 +20,7 @@ Locate = Callable[[str], MediaRef]
 MARK = re.compile(r"<image>|<ImageHere>|<video>")
 _ANY_MARK = re.compile(r"<image>|<ImageHere>|<video>|<bbox>|<ref-object>")
 _BOX_MARK = re.compile(r"<bbox>|<ref-object>")
+_QWEN_PICTURE = re.compile(r"<img>[^<>]+\.(?:jpe?g|png|webp|bmp|gif)</img>", re.IGNORECASE)
 _UNITS: Mapping[str, tuple[BoxUnit, float]] = {
     "real": ("pixels", math.inf),
     "norm1000": ("thousand", 1000),
@@ -45,6 +46,12 @@ class Media:
     def look_at(self, texts: Sequence[str], *, in_front: bool) -> list[Part]:
         """Takes note of all user texts of the row; returns the media that stand in front of them, if `in_front`."""
         marks = {mark for text in texts for mark in MARK.findall(text)}
+        if not self._listed["image"] and any("</img>" in text and _QWEN_PICTURE.search(text) for text in texts):
+            raise DataError(
+                "a turn names its picture inside the text, as <img>path</img> of the first Qwen-VL",
+                expected="the path in `image` or `images`, and <image> at its place in the text",
+                remedy="Convert the rows; as they stand the picture would be trained as words.",
+            )
         if self._listed["video"] and not self._listed["image"] and "<video>" not in marks:
             self._image_means = "video"
         parts: list[Part] = []

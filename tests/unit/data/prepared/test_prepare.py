@@ -184,6 +184,18 @@ def test_a_damaged_shard_is_made_again(corpus: Corpus, opened: OpenedFolder, tmp
     assert contents(tmp_path / "p") == whole
 
 
+def test_a_whole_shard_under_another_number_is_not_taken_for_it(
+    many: Corpus, opened: OpenedFolder, tmp_path: Path
+) -> None:
+    run(many, opened, tmp_path / "p")
+    whole = contents(tmp_path / "p")
+    first, second, *_ = sorted((tmp_path / "p").rglob("0*.safetensors"))
+    first.rename(first.with_name(first.name.replace("00000-", "00001-")))
+    second.unlink()
+    assert run(many, opened, tmp_path / "p").num_made == 512
+    assert contents(tmp_path / "p") == whole
+
+
 def test_an_array_of_jobs_and_its_merge(opened: OpenedFolder, tmp_path: Path) -> None:
     lines = [json.dumps({"conversations": turns(f"What is {i}?", f"It is {i}.")}) for i in range(700)]
     (tmp_path / "n.jsonl").write_text("\n".join(lines))

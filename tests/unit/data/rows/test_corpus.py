@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 import random
@@ -261,3 +262,17 @@ def test_a_large_list_is_not_held_in_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert len(found.starts) == 30_000 and peak < 8_000_000
     assert np.all(found.starts[1:] == found.starts[:-1] + found.lengths[:-1] + 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b'{"a": 1}'), "the file is gzip data"),
+        (pickle.dumps([{"a": 1}]), "the file is a Python pickle, which is never opened"),
+        (b"PK\x03\x04rest", "the file is a zip archive"),
+    ],
+)
+def test_other_files_under_the_name_of_json(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=rf"^a\.jsonl: {said}; expected JSON text\."):
+        open_corpus([SourceConfig(path=str(tmp_path / "a.jsonl"))])

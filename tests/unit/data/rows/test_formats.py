@@ -339,3 +339,14 @@ def test_the_row_of_the_e_it_page(tmp_path: Path) -> None:
     assert f"{{{prefix}: {tmp_path}/}}" in str(caught.value)
     mapped = source.model_copy(update={"replace_prefix": {prefix: f"{tmp_path}/"}})
     assert open_corpus([mapped]).sample(1).images == (Image(MediaRef(path=f"{tmp_path}/train_img/2137.jpg")),)
+
+
+def test_pictures_named_inside_the_text_are_refused() -> None:
+    """Qwen-VL's first notation: the picture would be trained as words."""
+    turns = [
+        {"from": "user", "value": "Picture 1: <img>a/b.JPG</img>\nWhat?"},
+        {"from": "assistant", "value": "A cat."},
+    ]
+    assert reason({"conversations": turns}).startswith("a turn names its picture inside the text, as <img>path</img>")
+    turns[0]["value"] = "What does <img>text</img> mean in XML?"
+    assert read({"conversations": turns}).messages[0] == user("What does <img>text</img> mean in XML?")
