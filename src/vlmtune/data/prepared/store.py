@@ -1,8 +1,9 @@
 """One shard of prepared rows: text ids, trained flags, media references and counts; never pixels.
 
 A shard is one file of mapped arrays (see `arrays`), named by its number and a CRC-32 over its folder's name, its number
-and its bytes, so that its name says whether it is whole and in its place. What a medium becomes is kept as its plan; the ids of its placeholders are not kept, as they
-follow from the plan. Row i of n owns the slice ``ends[i-1]:ends[i]`` of each flat array:
+and its bytes, so that its name says whether it is whole and in its place. What a medium becomes is kept as its plan;
+the ids of its placeholders are not kept, as they follow from the plan. Row i of n owns the slice ``ends[i-1]:ends[i]``
+of each flat array:
 
 =================  =======================================================================================
 `ids`              uint16 or uint32, the text ids; `id_ends` int64 (n,)
