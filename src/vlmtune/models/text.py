@@ -152,10 +152,10 @@ class TextEncoder:
             texts = [run.text for run in runs]
             # The form without offsets takes a fifth less time; they are needed for runs that are trained in part only.
             for run, encoding in zip(runs, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True):
-                run.ids = encoding.ids
-                run.trained = [run.pieces[0][1]] * len(encoding.ids)
+                run.ids = ids = encoding.ids  # every look at it makes a new list
+                run.trained = [run.pieces[0][1]] * len(ids)
                 if len(run.text) <= _SHORT and len(self._known_runs) < _REMEMBERED:
-                    self._known_runs[run.text, first] = encoding.ids
+                    self._known_runs[run.text, first] = ids
 
     def _known(self, run: Run) -> bool:
         """Whether the run's ids could be told at once: a short run seen before, or one that is trained in part."""

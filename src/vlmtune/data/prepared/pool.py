@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -58,6 +59,7 @@ _job: Callable[[Any], Any] | None = None  # of a worker process
 def _start_worker(job: Callable[[Any], Any], stop: Connection) -> None:
     global _job
     _job = job
+    gc.freeze()  # what the libraries brought is not searched for garbage again and again
     # Ctrl-C reaches the whole process group; the parent answers it and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(), stop), daemon=True).start()

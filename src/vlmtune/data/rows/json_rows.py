@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -80,16 +81,13 @@ class File:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise DataError(f"the source {path} cannot be opened any more ({error.strerror})") from error
+        weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, offset: int, length: int) -> bytes:
         raw = os.pread(self._descriptor, length, offset)
         if len(raw) != length:
             raise DataError(f"the source {self.path} became shorter while it was in use", remedy="Start again.")
         return raw
-
-    def __del__(self) -> None:
-        if "_descriptor" in self.__dict__:
-            os.close(self._descriptor)
 
 
 def parse_row(raw: bytes, origin: str) -> object:
