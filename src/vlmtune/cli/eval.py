@@ -87,7 +87,11 @@ def _config(args: argparse.Namespace) -> RunConfig | None:
         if args.model:
             raise UsageError("two models are named", where="vlmtune eval", expected="MODEL, or RUN.yaml --model PATH")
         if not args.data:
-            raise UsageError("a model needs rows to be evaluated on", where="vlmtune eval", remedy="Give --data FILE.")
+            raise UsageError(
+                "a model needs rows to be evaluated on",
+                where="vlmtune eval",
+                remedy="Give --data FILE, or the run's YAML.",
+            )
         return None
     from vlmtune.config.load import load_config
 

@@ -60,7 +60,7 @@ def _machine() -> dict[str, Any]:
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
         devices.append(f"cuda:{i}, {found.name}, {found.total_memory / 2**30:.0f} GiB")
-    extras = ("deepspeed", "bitsandbytes", "torchvision", "av")
+    extras = ("deepspeed", "bitsandbytes", "torchvision", "av", "datasets")
     return {"versions": versions(PACKAGES + extras), "platform": sys.platform, "devices": devices}
 
 

@@ -103,6 +103,6 @@ def _write_page(file: Path, title: str, rows: Sequence[int], encoder: RowEncoder
     bad = [row for row in shown if row.error]
     for row in bad:
         print(f"{row.origin}: {row.error}")
-    size = len(html.encode()) / 2**20
-    print(f"{file}: {len(shown)} row{'' if len(shown) == 1 else 's'}, {len(bad)} bad, {size:.1f} MiB")
+    size = len(html.encode()) / 1e6
+    print(f"{file}: {len(shown)} row{'' if len(shown) == 1 else 's'}, {len(bad)} bad, {size:.2f} MB")
     return DataError.exit_code if bad else 0

@@ -234,7 +234,9 @@ class TrainConfig(Section):
     def _one_global_batch(self) -> TrainConfig:
         if (self.global_batch_size is None) == (self.global_batch_tokens is None):
             given = "are both null" if self.global_batch_size is None else "say the same thing in different ways"
-            raise ValueError(f"global_batch_size and global_batch_tokens {given}; give one of them")
+            raise ValueError(
+                f"global_batch_size and global_batch_tokens {given}; give one of them, and null for the other"
+            )
         return self
 
 

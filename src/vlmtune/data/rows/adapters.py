@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from vlmtune.config.schema import Read
 from vlmtune.data.rows.formats import FORMAT_KEYS, Row, Turn, dialogue_of, kind_of, named
-from vlmtune.data.rows.marks import MEDIA_KEYS, Locate, Media, joined, openai_part
+from vlmtune.data.rows.marks import MEDIA_KEYS, PART_KEYS, Locate, Media, joined, openai_part
 from vlmtune.data.sample import Message, Part, Sample
 from vlmtune.errors import ConfigError, DataError
 
@@ -53,11 +53,23 @@ def to_sample(row: object, *, origin: str, locate: Locate, options: Read = _PLAI
 
 
 def unread_keys(row: object, options: Read) -> list[str]:
-    """The keys of a row that neither a format nor the source's `columns` reads."""
-    if not isinstance(row, dict) or row.keys() <= KNOWN_KEYS:
+    """The keys of a row, and of the parts of its messages, that neither a format nor the source's `columns` reads."""
+    if not isinstance(row, dict):
         return []
+    inside = _unread_in_parts(row.get("messages"))
+    if row.keys() <= KNOWN_KEYS:
+        return inside
     own = {part for name in options.columns.values() for part in (name, name.partition(".")[0])}
-    return [str(key) for key in row.keys() - KNOWN_KEYS - own]
+    return [*(str(key) for key in row.keys() - KNOWN_KEYS - own), *inside]
+
+
+def _unread_in_parts(turns: object) -> list[str]:
+    """Options of single pictures and videos (Qwen's `max_pixels`, `fps`), for which the configuration has its own."""
+    if not isinstance(turns, list):
+        return []
+    contents = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    return sorted({f"{key} of a part" for part in parts for key in part.keys() - PART_KEYS})
 
 
 def check_columns(columns: Iterable[str]) -> None:

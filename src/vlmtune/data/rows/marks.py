@@ -28,6 +28,9 @@ _UNITS: Mapping[str, tuple[BoxUnit, float]] = {
 }
 MEDIA_KEYS = ("image", "images", "video", "videos", "objects")
 
+PART_KEYS = frozenset({"type", "text", "image", "image_url", "video", "video_url", "url", "path"})
+"""What is read of a part of an OpenAI content."""
+
 _Kind = Literal["image", "video"]
 
 

@@ -107,6 +107,9 @@ def test_keys_that_columns_reads_are_read() -> None:
     assert unread_keys(row, Read(columns={"image": "photo", "answer": "meta.label"})) == ["rank"]
     assert sorted(unread_keys(row, Read())) == ["meta", "photo", "rank"]
     assert unread_keys([row], Read()) == []
+    parts = [{"type": "image", "image": "a.png", "max_pixels": 100}, {"type": "text", "text": "What?", "fps": 2}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]
+    assert unread_keys({"messages": turns}, Read()) == ["fps of a part", "max_pixels of a part"]
 
 
 def test_openai_parts() -> None:
