@@ -266,7 +266,8 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 def test_interrupt_ends_with_130() -> None:
     code = (
-        "import sys, time; from vlmtune.cli import init; from vlmtune.cli.main import entry\n"
+        "import signal, sys, time; from vlmtune.cli import init; from vlmtune.cli.main import entry\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "def run(args):\n"
         "    print('ready', flush=True); time.sleep(60)\n"
         "init.run = run; sys.argv = ['vlmtune', 'init']; entry()"

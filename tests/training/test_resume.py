@@ -102,8 +102,12 @@ def test_signal_before_the_first_step_ends_at_once(
 ) -> None:
     """Reading a large corpus takes long, and nothing is there to be saved."""
     monkeypatch.setattr(run, "prepare", lambda *args, **options: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        train(load_config(write_yaml(tmp_path, model, rows)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(load_config(write_yaml(tmp_path, model, rows)))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_half_written_checkpoints_are_named_and_removed(tmp_path: Path, model: Path, rows: Path) -> None:
