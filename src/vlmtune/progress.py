@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -30,7 +30,7 @@ def mute() -> None:
     _muted = True
 
 
-def track(iterable: Iterable[T], *, total: int, label: str) -> Iterator[T]:
+def track(iterable: Iterable[T], *, total: int, label: str) -> Generator[T, None, None]:
     """Yield the items of `iterable` and show how many of `total` went by.
 
     Without a terminal (a log file, a pipe) a line is written every ten seconds, so quick work writes nothing.

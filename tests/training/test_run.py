@@ -41,6 +41,7 @@ def test_full_run_leaves_a_plain_transformers_folder(tmp_path: Path, model: Path
     assert checkpoint.is_whole(result.best)
     text = "\n".join(said)
     assert "learning rate" in text and "global batch size" in text and str(result.best) in text
+    assert f"12 rows prepared now, in {tmp_path / '.prepared'}." in text
 
     kept = {path.name for path in result.best.iterdir()}
     assert {
@@ -169,6 +170,22 @@ def test_nothing_is_printed_without_a_reader(
 def test_head_that_is_tied_is_refused(tmp_path: Path, model: Path, rows: Path) -> None:
     with pytest.raises(ConfigError, match="Leave out `head`"):
         train(make_config(tmp_path, model, rows, tuning={"method": "lora", "targets": ["language", "head"]}))
+
+
+def test_a_second_run_trains_on_the_rows_that_were_prepared_for_the_first(
+    tmp_path: Path, model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = train(make_config(tmp_path, model, rows, train={"max_steps": 2}))
+
+    def lay_again(*args: object, **options: object) -> None:
+        raise AssertionError("a prepared row was laid down again")
+
+    monkeypatch.setattr("vlmtune.data.encode._draft", lay_again)
+    said: list[str] = []
+    again = {"max_steps": 2, "output_dir": str(tmp_path / "again")}
+    second = train(make_config(tmp_path, model, rows, train=again), say=said.append)
+    assert said[0] == f"12 rows were prepared before, in {tmp_path / '.prepared'}."
+    assert losses(second.run_dir) == losses(first.run_dir)
 
 
 def test_finished_run_says_so(tmp_path: Path, model: Path, rows: Path) -> None:

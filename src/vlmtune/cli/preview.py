@@ -71,7 +71,7 @@ def _print_rows(rows: Sequence[int], encoder: RowEncoder, config: RunConfig) -> 
     code = 0
     for row in rows:
         try:
-            text = row_text(encoder.corpus.sample(row), encoder.encode(row), encoder.opened(row), brackets=colourless)
+            text = row_text(*encoder.row(row), encoder.opened(row), brackets=colourless)
             console.print(text, end="\n\n", soft_wrap=unwrapped)
         except DataError as error:
             console.print(Text(str(error), "red"), end="\n\n", soft_wrap=unwrapped)

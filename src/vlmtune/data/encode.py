@@ -16,7 +16,7 @@ from vlmtune.data.boxes import write_box
 from vlmtune.data.lay import Piece, lay
 from vlmtune.data.media import pictures
 from vlmtune.data.media.video import Film, film
-from vlmtune.data.sample import IGNORED, Encoded, Image, Laid, MediaPlan, MediaRef, Sample, Size, Span, Video
+from vlmtune.data.sample import IGNORED, Encoded, Image, Laid, MediaRef, Planned, Sample, Size, Span, Video
 from vlmtune.errors import DataError, VlmtuneError
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.text import Run, Segment, join
@@ -71,7 +71,7 @@ class _Draft:
     """groups: text cut into runs, and indices of media, in the order of the sequence."""
 
     groups: list[list[Run] | int]
-    media: tuple[tuple[MediaRef, MediaPlan], ...]
+    media: Planned
 
     @property
     def lines(self) -> list[list[Run]]:
@@ -87,7 +87,7 @@ def _draft(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> _Draft:
     return _Draft(groups, media)
 
 
-def _pieces(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> tuple[_Planned, list[Piece]]:
+def _pieces(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> tuple[Planned, list[Piece]]:
     """The media of the row, and its text and places in their order."""
     try:
         found = _plan(sample, opened)
@@ -120,18 +120,15 @@ def _finish(draft: _Draft, opened: OpenedFolder) -> Laid:
     return Laid(ids=np.array(ids, np.int32), trained=np.array(trained, bool), places=tuple(places), media=draft.media)
 
 
-_Planned = tuple[tuple[MediaRef, MediaPlan], ...]
-
-
 @dataclass(frozen=True, slots=True)
 class _RowMedia:
     """media: every picture and every chosen frame in the order of the row. films: its videos."""
 
-    media: tuple[tuple[MediaRef, MediaPlan], ...]
+    media: Planned
     films: tuple[Film, ...]
 
 
-def look_at(sample: Sample, opened: OpenedFolder) -> tuple[tuple[MediaRef, MediaPlan], ...]:
+def look_at(sample: Sample, opened: OpenedFolder) -> Planned:
     """What `plan_media` gives, of a row that `lay_row` would take: everything but its ids is looked at.
 
     Raises:
@@ -140,7 +137,7 @@ def look_at(sample: Sample, opened: OpenedFolder) -> tuple[tuple[MediaRef, Media
     return _pieces(sample, opened, prompt=False)[0]
 
 
-def plan_media(sample: Sample, opened: OpenedFolder) -> tuple[tuple[MediaRef, MediaPlan], ...]:
+def plan_media(sample: Sample, opened: OpenedFolder) -> Planned:
     """What each picture of the row becomes, chosen frames of videos included, from the headers."""
     return _plan(sample, opened).media
 

@@ -154,8 +154,7 @@ def facts(config: RunConfig, encoder: RowEncoder) -> list[tuple[str, str]]:
 
 def _row(number: int, encoder: RowEncoder, max_length: int, budget: int) -> ShownRow:
     opened = encoder.opened(number)
-    sample = encoder.corpus.sample(number)
-    encoded = encoder.encode(number)
+    sample, encoded = encoder.row(number)
     stretches, left_out = _stretches(encoded, opened)
     try:
         pictures = _pictures(sample, encoded, opened, budget)

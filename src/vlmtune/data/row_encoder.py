@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from vlmtune.data.encode import encode
 from vlmtune.data.rows.corpus import Corpus
-from vlmtune.data.sample import Encoded
+from vlmtune.data.sample import Encoded, Sample
 from vlmtune.models.family import OpenedFolder
 
 
 class RowEncoder:
-    """`encode` for the rows of a corpus; picklable.
+    """The model folder as each source of a corpus wants it, and `encode` with it; picklable.
 
     Raises:
         ConfigError: a source's `image` has an option without effect on the model.
@@ -27,6 +27,11 @@ class RowEncoder:
         """The model folder with the settings of a source."""
         return self._opened[source]
 
-    def encode(self, i: int) -> Encoded:
-        """Raises DataError: whatever is wrong with the row, with its origin."""
-        return encode(self.corpus.sample(i), self.opened(i))
+    def row(self, i: int) -> tuple[Sample, Encoded]:
+        """Row `i` as it says itself, and as ids.
+
+        Raises:
+            DataError: whatever is wrong with the row, with its origin.
+        """
+        sample = self.corpus.sample(i)
+        return sample, encode(sample, self.opened(i))

@@ -135,6 +135,10 @@ class MediaPlan:
     """(width, height) of the whole picture after the family's resize; None when the model sees only a part of it."""
 
 
+Planned = tuple[tuple[MediaRef, MediaPlan], ...]
+"""The media of a row in their order, frames of videos included: where the bytes of each are, and what it becomes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Laid:
     """A row without the ids of its media.
@@ -146,7 +150,7 @@ class Laid:
     ids: np.ndarray
     trained: np.ndarray
     places: tuple[int, ...]
-    media: tuple[tuple[MediaRef, MediaPlan], ...]
+    media: Planned
 
     @property
     def num_tokens(self) -> int:
@@ -174,7 +178,7 @@ class Encoded:
     input_ids: np.ndarray
     labels: np.ndarray
     spans: tuple[Span, ...]
-    media: tuple[tuple[MediaRef, MediaPlan], ...]
+    media: Planned
     origin: str
     spec: Any = None
     """The family's picture settings that the media were planned with; a source may have its own."""

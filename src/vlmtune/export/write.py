@@ -157,7 +157,7 @@ def _write(located: Located, draft: Path, dtype: DtypeName | None) -> ExportResu
     if result.whole_model is None:
         result.counts = _stream(source, merge, name if dtype or name != kept else None, draft)
     else:
-        result.counts = _merge_whole(located, torch_dtype(name), draft)  # type: ignore[arg-type]
+        result.counts = _merge_whole(located, torch_dtype(name), draft)  # type: ignore[arg-type] # one of FLOATING
     files.copy_files([located.model_folder, located.path], draft)
     settings = opened.family.picture_settings(opened.folder, located.media.image)
     files.finish_files(draft, opened, name, settings)
@@ -192,6 +192,7 @@ def _stream(source: Shards, merge: Merge, dtype: str | None, draft: Path) -> dic
 
 
 def _cast(tensor: torch.Tensor, code: str, name: str) -> torch.Tensor:
+    # Of these codes the names are those that `torch_dtype` takes, which mypy cannot see.
     dtype: torch.dtype = torch_dtype(shards.dtype_name(code)) if code in FLOATING - {"F64"} else tensor.dtype  # type: ignore[arg-type]
     cast = tensor.to(dtype)
     if cast.is_floating_point() and cast.dtype != tensor.dtype and not torch.isfinite(cast).all():
@@ -214,7 +215,7 @@ def _merge_whole(located: Located, dtype: torch.dtype, draft: Path) -> dict[str,
 def _compare(located: Located, draft: Path, result: ExportResult, device: str | None) -> None:
     """Fills in the comparisons; one model is in memory at a time."""
     source = load_located(located, device=device, dtype="float32")
-    expected = verify.expect(source, torch_dtype(result.dtype))  # type: ignore[arg-type]
+    expected = verify.expect(source, torch_dtype(result.dtype))  # type: ignore[arg-type] # one of FLOATING
     del source
     gc.collect()  # the two models need not be in memory together, and PEFT's refer to themselves in circles
     # Without the options of the run: the folder must cut pictures as training did by its own files.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
@@ -99,7 +99,7 @@ class ProgressBar(TrainerCallback):
 
     def __init__(self, num_steps: int) -> None:
         self._num_steps = num_steps
-        self._bar: Iterator[int] | None = None
+        self._bar: Generator[int, None, None] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,6 +116,5 @@ class ProgressBar(TrainerCallback):
     def close(self) -> None:
         """Ends the bar, also when training stopped early or failed."""
         if self._bar is not None:
-            close = self._bar.close  # type: ignore[attr-defined]
-            close()
+            self._bar.close()
             self._bar = None

@@ -133,7 +133,7 @@ def _with_adapter(model: PreTrainedModel, opened: OpenedFolder, tuning: LoraTuni
     idle = never_trains(opened)
     config = LoraConfig(
         r=tuning.rank,
-        lora_alpha=tuning.alpha if tuning.alpha is not None else 2 * tuning.rank,  # type: ignore[arg-type]
+        lora_alpha=tuning.alpha if tuning.alpha is not None else 2 * tuning.rank,  # type: ignore[arg-type] # PEFT only multiplies
         lora_dropout=tuning.dropout,
         target_modules=target_regex(names),
         modules_to_save=_modules_of(model, opened, tuning.train) or None,

@@ -107,6 +107,7 @@ def report(model: nn.Module, opened: OpenedFolder, rates: Mapping[Component, flo
 def table(rows: Sequence[ComponentRow]) -> str:
     """The report as text, one line per component and a sum."""
     lines = [f"{'component':<10} {'trained':>15} {'total':>15} {'share':>8}  learning rate"]
+    # "all" is no component; the row only has their columns.
     for row in [*rows, ComponentRow("all", sum(r.trained for r in rows), sum(r.total for r in rows), None)]:  # type: ignore[arg-type]
         share = 100 * row.trained / row.total if row.total else 0.0
         rate = f"{row.learning_rate:g}" if row.learning_rate else ("" if row.component not in COMPONENTS else "frozen")

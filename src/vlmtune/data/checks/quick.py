@@ -21,6 +21,7 @@ from vlmtune.models.family import OpenedFolder
 from vlmtune.progress import track
 
 _CHUNK = 512  # rows that a worker takes at a time
+_SEEN = tuple(COLUMNS)[2:]  # what `measure.seen` gives
 
 
 def look_over(corpus: Corpus, opened: OpenedFolder, *, workers: int, decode: bool = False) -> Measured:
@@ -36,23 +37,16 @@ def look_over(corpus: Corpus, opened: OpenedFolder, *, workers: int, decode: boo
     columns = {name: np.zeros(len(corpus), dtype) for name, dtype in COLUMNS.items()}
     measured = Measured(**columns, bad=[], unknown_keys=Counter())
     job = _Job(RowEncoder(corpus, opened), decode)
-    for _ in track(_looked(measured, job, workers), total=len(corpus), label="looking at rows"):
+    without_tokens = [columns[name] for name in _SEEN]
+    for _ in track(_looked(measured, without_tokens, job, workers), total=len(corpus), label="looking at rows"):
         pass
     return measured
 
 
-def _looked(measured: Measured, job: _Job, workers: int) -> Iterator[int]:
+def _looked(measured: Measured, columns: Sequence[np.ndarray], job: _Job, workers: int) -> Iterator[int]:
     """Every row number, once what its worker found out is stored."""
     n = len(measured.num_tokens)
     spans = [range(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK)]
-    columns = (
-        measured.num_images,
-        measured.num_visual,
-        measured.id_hash,
-        measured.answer_hash,
-        measured.marks_in_answers,
-        measured.smallest_side,
-    )
     for span, result in zip(spans, in_processes(job, spans, workers), strict=True):
         for found, column in zip(result.columns, columns, strict=True):
             column[span.start : span.stop] = found
@@ -88,10 +82,9 @@ class _Job:
                 unknown_keys.update(unread_keys(row, source.options))
                 table.append(self._seen(source.adapt(row, origin), self.encoder.opened_for(which)))
             except DataError as error:
-                table.append((0,) * 6)
+                table.append((0,) * len(_SEEN))
                 bad.append(BadRow(origin, with_origin(error, "").reason, i))
-        dtypes = list(COLUMNS.values())[2:]
-        columns = [np.array(column, dtype) for column, dtype in zip(zip(*table, strict=True), dtypes, strict=True)]
+        columns = [np.array(own, COLUMNS[name]) for own, name in zip(zip(*table, strict=True), _SEEN, strict=True)]
         return _Result(columns, bad, unknown_keys)
 
     def _seen(self, sample: Sample, opened: OpenedFolder) -> tuple[int, ...]:

@@ -231,7 +231,7 @@ def _part(
 
 
 def _counts(corpus: Corpus, measured: Measured, judged: Judged, *, quick: bool) -> list[SourceCounts]:
-    borders = np.concatenate([[0], np.cumsum(corpus.source_sizes)]).astype(np.int64)
+    borders = corpus.borders
     num_bad = np.histogram([row.index for row in judged.bad], bins=borders)[0] if judged.bad else 0 * borders[1:]
     kept = [judged.usable[start:end] for start, end in pairwise(borders)]
     mixed = epoch_counts([int(own.sum()) for own in kept], [source.options for source in corpus.sources])
@@ -355,8 +355,7 @@ def _odd_rows(part: Part) -> list[str]:
 def _repeated_ids(part: Part) -> np.ndarray:
     """Boolean (n,): rows whose id occurs twice in their source; different files may count from 0 each."""
     repeated = np.zeros(len(part.corpus), bool)
-    borders = np.concatenate([[0], np.cumsum(part.corpus.source_sizes)])
-    for start, end in pairwise(borders):
+    for start, end in pairwise(part.corpus.borders):
         ids, inverse, counts = np.unique(part.measured.id_hash[start:end], return_inverse=True, return_counts=True)
         repeated[start:end] = (counts[inverse] > 1) & (ids[inverse] != 0)
     return repeated

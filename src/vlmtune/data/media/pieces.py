@@ -52,7 +52,7 @@ class Pieces(io.RawIOBase):
         self._position = start + offset
         return self._position
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override] # typeshed wants every buffer
         """Fill `buffer` from one piece; fewer bytes at its end, none at the end of all."""
         if self._position >= self.size:
             return 0

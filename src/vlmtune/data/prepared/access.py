@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from vlmtune.data.encode import build, plan_media
-from vlmtune.data.prepared.store import Media, Shard
+from vlmtune.data.prepared.store import Shard
 from vlmtune.data.row_encoder import RowEncoder
 from vlmtune.data.rows.corpus import Corpus
-from vlmtune.data.sample import Encoded, Laid
+from vlmtune.data.sample import Encoded, Laid, Planned
 from vlmtune.errors import DataError
 
 
@@ -66,7 +66,7 @@ class PreparedRows:
             raise DataError(reason.rstrip("."), where=self.corpus.origin(i))
         return laid
 
-    def _ask_row(self, i: int) -> Callable[[], Media]:
+    def _ask_row(self, i: int) -> Callable[[], Planned]:
         return lambda: plan_media(self.corpus.sample(i), self.encoder.opened(i))
 
 

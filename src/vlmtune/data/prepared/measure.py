@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Literal
@@ -11,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from vlmtune.data.rows.marks import MARK
-from vlmtune.data.sample import Box, Laid, MediaPlan, MediaRef, Sample
+from vlmtune.data.sample import Box, Laid, Planned, Sample
 from vlmtune.errors import DataError
 
 Kind = Literal["row", "length"]
@@ -79,7 +78,7 @@ def counts(sample: Sample, laid: Laid) -> tuple[int, ...]:
     return (laid.num_tokens, trained, *seen(sample, laid.media))
 
 
-def seen(sample: Sample, media: Sequence[tuple[MediaRef, MediaPlan]]) -> tuple[int, ...]:
+def seen(sample: Sample, media: Planned) -> tuple[int, ...]:
     """The entries that need no tokens: all but the first two."""
     replies = [message for message in sample.messages if message.role == "assistant"]
     answers = [message.text for message in replies]

@@ -17,7 +17,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,14 +154,11 @@ def _tasks(encoder: RowEncoder, into: Path) -> list[Task]:
 
 
 def _with_found(tasks: Sequence[Task], *, verify: bool) -> list[Task]:
-    by_folder: dict[Path, dict[int, Path]] = {}
-    for folder in {task.folder for task in tasks}:
-        numbers = [task.number for task in tasks if task.folder == folder]
-        by_folder[folder] = find_shards(folder, numbers, verify=verify)
-    return [
-        Task(task.source, task.number, task.start, task.stop, task.folder, by_folder[task.folder].get(task.number))
-        for task in tasks
-    ]
+    numbers: dict[Path, set[int]] = {}
+    for task in tasks:
+        numbers.setdefault(task.folder, set()).add(task.number)
+    shards = {folder: find_shards(folder, wanted, verify=verify) for folder, wanted in numbers.items()}
+    return [replace(task, found=shards[task.folder].get(task.number)) for task in tasks]
 
 
 def _found(task: Task) -> Path:

@@ -23,7 +23,7 @@ import dataclasses
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,11 @@ import numpy as np
 
 from vlmtune.data.arrays import map_arrays, pack_arrays
 from vlmtune.data.prepared.measure import COLUMNS
-from vlmtune.data.sample import Laid, MediaPlan, MediaRef
+from vlmtune.data.sample import Laid, MediaPlan, MediaRef, Planned
 from vlmtune.files import write_atomic
 
 SHARDS = "[0-9]*-*.safetensors"
 """The names of shards."""
-
-Media = tuple[tuple[MediaRef, MediaPlan], ...]
 
 
 class Texts:
@@ -146,25 +144,29 @@ class Shard:
     def __len__(self) -> int:
         return len(self.arrays["id_ends"])
 
-    def laid(self, i: int, ask_row: Callable[[], Media]) -> Laid:
+    def laid(self, i: int, ask_row: Callable[[], Planned]) -> Laid:
         """Row `i` of the shard; `ask_row` finds media that lie in the row itself."""
         arrays = self.arrays
         start, end = _slice(arrays["id_ends"], i)
         bits = np.unpackbits(arrays["trained"][start // 8 : (end + 7) // 8])
         first, last = _slice(arrays["media_ends"], i)
-        media: Media = tuple(self._medium(k) for k in range(first, last))
-        if (arrays["files"][first:last] < 0).any():
-            media = ask_row()
+        media = self.media(i)
         return Laid(
             ids=arrays["ids"][start:end].astype(np.int32),
             trained=bits[start % 8 : start % 8 + end - start].astype(bool),
             places=tuple(arrays["places"][first:last].tolist()),
-            media=media,
+            media=ask_row() if media is None else media,
         )
 
+    def media(self, i: int) -> Planned | None:
+        """The media of row `i`; None when they lie in the row itself."""
+        first, last = _slice(self.arrays["media_ends"], i)
+        if (self.arrays["files"][first:last] < 0).any():
+            return None
+        return tuple(self._medium(k) for k in range(first, last))
+
     def _medium(self, k: int) -> tuple[MediaRef, MediaPlan]:
-        number = int(self.arrays["files"][k])
-        name = self._text("name", number) if number >= 0 else ""
+        name = self._text("name", int(self.arrays["files"][k]))
         offset, length, frame = self.arrays["slices"][k].tolist()
         ref = MediaRef(
             path=name if name.startswith("/") else f"{self.base}/{name}",
@@ -190,13 +192,12 @@ def _slice(ends: np.ndarray, i: int) -> tuple[int, int]:
     return (int(ends[i - 1]) if i else 0), int(ends[i])
 
 
-def find_shards(folder: Path, numbers: Sequence[int], *, verify: bool) -> dict[int, Path]:
+def find_shards(folder: Path, numbers: Collection[int], *, verify: bool) -> dict[int, Path]:
     """The whole shards among `numbers`. verify: recompute each CRC-32; else names and headers are believed."""
-    wanted = set(numbers)
     found: dict[int, Path] = {}
     for path in sorted(folder.glob(SHARDS)):
         number, _, crc = path.stem.partition("-")
-        if number.isdecimal() and int(number) in wanted and (not verify or _crc(path, int(number)) == crc):
+        if number.isdecimal() and int(number) in numbers and (not verify or _crc(path, int(number)) == crc):
             found[int(number)] = path
     return found
 

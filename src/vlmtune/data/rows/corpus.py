@@ -23,13 +23,11 @@ from vlmtune.data.rows.hub import fetched
 from vlmtune.data.rows.json_rows import JsonRows
 from vlmtune.data.rows.lists import Listed, expand
 from vlmtune.data.rows.paths import MediaRoot, RenamedRoot, Root
-from vlmtune.data.rows.patterns import files_of
+from vlmtune.data.rows.patterns import PICKLED, files_of
 from vlmtune.data.rows.tables import TableRows, is_table
 from vlmtune.data.rows.webdataset import WebDatasetRows
 from vlmtune.data.sample import Sample
 from vlmtune.errors import DataError, UsageError
-
-_PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
 
 
 class Rows(Protocol):
@@ -94,13 +92,14 @@ class Corpus:
     """All rows of a list of sources, in the order of the sources. Read-only and picklable; rows are numbered from 0."""
 
     sources: tuple[Source, ...]
-    _first: np.ndarray = field(init=False, repr=False)
+    borders: np.ndarray = field(init=False, repr=False)
+    """int64 (sources + 1,): the first row of each source, and the number of all rows."""
 
     def __post_init__(self) -> None:
-        self._first = np.concatenate([[0], np.cumsum(self.source_sizes)]).astype(np.int64)
+        self.borders = np.concatenate([[0], np.cumsum(self.source_sizes)]).astype(np.int64)
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return int(self.borders[-1])
 
     @property
     def source_sizes(self) -> list[int]:
@@ -118,30 +117,13 @@ class Corpus:
         """The source that row `i` belongs to, and the row's number in it."""
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
-        which = int(np.searchsorted(self._first, i, side="right")) - 1
-        return which, i - int(self._first[which])
+        which = int(np.searchsorted(self.borders, i, side="right")) - 1
+        return which, i - int(self.borders[which])
 
     def origin(self, i: int) -> str:
         """`coco.jsonl:124` (line), `coco.json:124` (row, from 1), `x.parquet:124`, `shard.tar:name`."""
         which, local = self.split(i)
         return self.sources[which].origin(local)
-
-    def row(self, i: int) -> object:
-        """Row `i` as JSON says it.
-
-        Raises:
-            DataError: broken JSON, bytes that are not UTF-8, a file that changed.
-        """
-        which, local = self.split(i)
-        return self.sources[which].rows.read(local, self.origin(i))
-
-    def adapt(self, i: int, row: object) -> Sample:
-        """The sample that `row`, the content of row `i`, says.
-
-        Raises:
-            DataError: see `adapters.to_sample`.
-        """
-        return self.sources[self.source_of(i)].adapt(row, self.origin(i))
 
     def sample(self, i: int) -> Sample:
         """Row `i` as a sample.
@@ -166,7 +148,7 @@ class Corpus:
             label = text.removeprefix(f"{name}:") if text.startswith(f"{name}:") else text if len(files) == 1 else None
             local = None if label is None else self.sources[which].rows.find(file, label)
             if local is not None:
-                return int(self._first[which]) + local
+                return int(self.borders[which]) + local
         known = [f"{self.sources[which].names[file]}:N" for which, file in files[:5]]
         last = f" (the last row is {self.origin(len(self) - 1)})" if len(files) == 1 else ""
         raise UsageError(f"no row is called {text!r}{last}", expected=" or ".join(known))
@@ -240,7 +222,7 @@ def _open_rows(source: SourceConfig, memory: Path | None) -> Rows:
     """The rows of a source, by the kind of its files."""
     files = files_of(source.path)
     first = os.path.basename(files[0])
-    if os.path.splitext(first)[1].lower() in _PICKLED:
+    if os.path.splitext(first)[1].lower() in PICKLED:
         raise DataError(
             "files of this kind run code when they are opened, so they are not read",
             where=first,

@@ -8,11 +8,11 @@ from vlmtune.config.hub import HUB_ID
 from vlmtune.config.schema import HubSource, Mixed, SourceConfig
 from vlmtune.data.rows.archives import is_archive
 from vlmtune.data.rows.folders import settled
-from vlmtune.data.rows.patterns import files_of
+from vlmtune.data.rows.patterns import PICKLED, files_of
 from vlmtune.errors import DataError
 
 # Code, and what runs code when it is opened; nothing of these is ever read.
-_NOT_FETCHED = ("*.py", "*.pkl", "*.pickle", "*.pt", "*.pth", "*.ckpt", "*.bin", "*.joblib", "*.npy", "*.npz")
+_NOT_FETCHED = ("*.py", *(f"*{ending}" for ending in PICKLED))
 
 
 def fetched(source: HubSource) -> SourceConfig:

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 from vlmtune.errors import DataError
 
+PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".npy", ".npz")
+"""Endings of files that may run code when they are opened."""
+
 MAX_FILES = 1_000_000  # more is a slip in a range of braces
 _WILD = re.compile(r"[*?\[{]")
 _BRACES = re.compile(r"\{([^{}]*)\}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -145,8 +146,12 @@ def test_packs_per_step_are_the_fewest_that_fit_and_balanced(lengths: list[int],
     assert plan.micro_batches_per_step == -(-needed // world) * world
 
 
-def test_any_order_of_asking_gives_the_same_rows() -> None:
-    plan = plan_of(list(range(1, 61)), global_batch_size=8, epochs=3)
+@pytest.mark.parametrize(
+    "options",
+    [{"global_batch_size": 8}, {"global_batch_tokens": 400}, {"global_batch_tokens": 400, "way": {"choose": 45}}],
+)
+def test_any_order_of_asking_gives_the_same_rows(options: dict[str, Any]) -> None:
+    plan = plan_of(list(range(1, 61)), epochs=3, **options)
     total = plan.num_steps * plan.micro_batches_per_step
     forward = [plan.rows(i) for i in range(total)]
     copy = pickle.loads(pickle.dumps(plan))
@@ -154,6 +159,8 @@ def test_any_order_of_asking_gives_the_same_rows() -> None:
     assert [copy.rows(int(i)) for i in shuffled] == [forward[i] for i in shuffled]
     assert copy.digest == plan.digest
     assert all(isinstance(row, int) for rows in forward for row in rows)
+    with pytest.raises(IndexError):
+        plan.rows(total)
 
 
 def test_max_steps_overrides_epochs_both_ways() -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmtune.config.schema import SourceConfig
-from vlmtune.data.rows import index
+from vlmtune.data.rows import index, json_rows
 from vlmtune.data.rows.corpus import Corpus, open_corpus
 from vlmtune.data.rows.index import index_file
 from vlmtune.errors import DataError
@@ -28,13 +28,18 @@ def open_one(path: Path, content: bytes | str, **more: object) -> Corpus:
     return open_corpus([SourceConfig(path=str(path), **more)], allow=())
 
 
+def row_of(corpus: Corpus, i: int) -> object:
+    which, local = corpus.split(i)
+    return corpus.sources[which].rows.read(local, corpus.origin(i))
+
+
 def rows_of(corpus: Corpus) -> list[object]:
-    return [corpus.row(i) for i in range(len(corpus))]
+    return [row_of(corpus, i) for i in range(len(corpus))]
 
 
 def reason(path: Path, content: bytes | str, row: int = 0) -> str:
     with pytest.raises(DataError) as caught:
-        open_one(path, content).row(row)
+        row_of(open_one(path, content), row)
     return str(caught.value)
 
 
@@ -96,7 +101,7 @@ def test_jsonl_equals_splitting_lines(
 
 def test_utf8_text_is_kept(tmp_path: Path) -> None:
     row = {"conversations": [{"from": "human", "value": '你好 \u2028 \\ " é'}]}
-    assert open_one(tmp_path / "数 据.jsonl", json.dumps(row, ensure_ascii=False)).row(0) == row
+    assert row_of(open_one(tmp_path / "数 据.jsonl", json.dumps(row, ensure_ascii=False)), 0) == row
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
@@ -105,7 +110,7 @@ def test_other_encodings_name_line_and_byte(tmp_path: Path, ending: str) -> None
     raw = f"[{good},\n".encode() if ending == "json" else f"{good}\n".encode()
     raw += '{"a": "你好"}'.encode("gb18030") + (b"]" if ending == "json" else b"\n")
     path = tmp_path / f"a.{ending}"
-    assert open_one(path, raw).row(0) == {"a": "b"}
+    assert row_of(open_one(path, raw), 0) == {"a": "b"}
     byte = 9 if ending == "json" else 8  # the newline behind the comma belongs to the row
     assert reason(path, raw, 1).startswith(f"a.{ending}:2: byte {byte} of the row is 0xC4, which is not UTF-8")
     for encoding, mark in (("utf-16", "UTF-16"), ("utf-16-be", "")):
@@ -129,9 +134,9 @@ def test_broken_element_of_a_list_names_its_row_and_shows_the_spot(tmp_path: Pat
     path = tmp_path / "coco.json"
     rows = ['{"id": 0}'] * 123 + [element, '{"id": 1}']
     corpus = open_one(path, "[" + ",\n".join(rows) + "]")
-    assert len(corpus) == 125 and corpus.row(124) == {"id": 1}
+    assert len(corpus) == 125 and row_of(corpus, 124) == {"id": 1}
     with pytest.raises(DataError) as caught:
-        corpus.row(123)
+        row_of(corpus, 123)
     assert str(caught.value).startswith("coco.json:124: ") and said in str(caught.value)
 
 
@@ -139,9 +144,9 @@ def test_half_of_a_character_is_refused(tmp_path: Path) -> None:
     r"""JSON can say \\ud83d alone, which no tokenizer and no file system takes."""
     rows = [r'{"v": "a \ud83d\uDE00 b"}', r'{"v": "a \\ud83d"}', r'{"v": ["a \uD83D b"]}']
     corpus = open_one(tmp_path / "a.jsonl", "\n".join(rows))
-    assert corpus.row(0) == {"v": "a \U0001f600 b"} and corpus.row(1) == {"v": r"a \ud83d"}
+    assert row_of(corpus, 0) == {"v": "a \U0001f600 b"} and row_of(corpus, 1) == {"v": r"a \ud83d"}
     with pytest.raises(DataError, match=r"^a\.jsonl:3: the escape \\ud83d is half of a character"):
-        corpus.row(2)
+        row_of(corpus, 2)
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
@@ -191,7 +196,7 @@ def test_jsonl_lines(tmp_path: Path) -> None:
     corpus = open_one(path, '{"id": 1}\n\n  \r\n{"id": 2\n[1]\n')
     assert [corpus.origin(i) for i in range(3)] == ["a.jsonl:1", "a.jsonl:4", "a.jsonl:5"]
     with pytest.raises(DataError, match=r"^a\.jsonl:4: broken JSON at character 9.*The row breaks off"):
-        corpus.row(1)
+        row_of(corpus, 1)
     with pytest.raises(DataError, match=r"^a\.jsonl:5: the row is a list; expected an object"):
         corpus.sample(2)
     with pytest.raises(DataError, match=r"begins with a list.*name it \.json\.$"):
@@ -225,14 +230,14 @@ def test_several_sources(tmp_path: Path) -> None:
     assert corpus.origin(5) == "b.json:1"
     assert [corpus.sample(i).id for i in (0, 4, 5)] == ["train0", "val1", "b"]
     with pytest.raises(IndexError):
-        corpus.row(6)
+        row_of(corpus, 6)
 
 
 def test_pickled_corpus_opens_its_own_files_and_digest_follows_the_bytes(tmp_path: Path) -> None:
     corpus = open_one(tmp_path / "a.jsonl", '{"id": 1}\n{"id": 2}\n')
-    assert corpus.row(1) == {"id": 2}
+    assert row_of(corpus, 1) == {"id": 2}
     copy = pickle.loads(pickle.dumps(corpus))
-    assert copy.row(1) == {"id": 2} and copy.digest() == corpus.digest()
+    assert row_of(copy, 1) == {"id": 2} and copy.digest() == corpus.digest()
     (tmp_path / "moved").mkdir()
     assert open_one(tmp_path / "moved" / "b.jsonl", '{"id": 1}\n{"id": 2}\n').digest() == corpus.digest()
     assert open_one(tmp_path / "a.jsonl", '{"id": 1}\n{"id": 3}\n').digest() != corpus.digest()
@@ -242,7 +247,7 @@ def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
     corpus = open_one(tmp_path / "a.jsonl", '{"id": 1}\n{"id": 2}\n')
     (tmp_path / "a.jsonl").write_text("{}")
     with pytest.raises(DataError, match="became shorter"):
-        corpus.row(1)
+        row_of(corpus, 1)
 
 
 def test_a_large_list_is_not_held_in_memory(tmp_path: Path) -> None:
@@ -276,3 +281,13 @@ def test_other_files_under_the_name_of_json(tmp_path: Path, content: bytes, said
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=rf"^a\.jsonl: {said}; expected JSON text\."):
         open_corpus([SourceConfig(path=str(tmp_path / "a.jsonl"))])
+
+
+def test_a_row_beyond_the_limit_is_refused_and_its_neighbours_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_rows, "MAX_ROW_BYTES", 100)
+    corpus = open_one(tmp_path / "a.jsonl", '{"id": 1}\n' + json.dumps({"text": "x" * 200}) + '\n{"id": 3}\n')
+    with pytest.raises(DataError, match=r"^a\.jsonl:2: the row has 212 bytes; expected at most 100\."):
+        row_of(corpus, 1)
+    assert row_of(corpus, 2) == {"id": 3}

@@ -313,6 +313,7 @@ def test_json_sources_do_not_import_the_library(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps({"conversations": [{"from": "human", "value": "q"}]}) + "\n")
     script = (
         "import sys; from vlmtune.config.schema import SourceConfig; from vlmtune.data.rows.corpus import open_corpus; "
-        "open_corpus([SourceConfig(path=sys.argv[1])]).row(0); assert not {'datasets', 'pyarrow'} & set(sys.modules)"
+        "open_corpus([SourceConfig(path=sys.argv[1])]).sources[0].rows.read(0, ''); "
+        "assert not {'datasets', 'pyarrow'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "x.jsonl")], check=True)
