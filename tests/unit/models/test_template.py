@@ -6,7 +6,7 @@ import pytest
 from tiny import IM_TEMPLATE, make_tokenizer
 
 from vlmtune.errors import WeightsError
-from vlmtune.models.auto.template import probe
+from vlmtune.models.template import probe
 from vlmtune.models.family import ChatFormat
 from vlmtune.models.text import TextEncoder
 

@@ -24,7 +24,7 @@ from vlmtune.data.sample import Encoded, MediaPlan, Size
 from vlmtune.errors import WeightsError
 from vlmtune.models.auto import conventions, pictures
 from vlmtune.models.auto.pictures import AutoSpec, KeyedConfig
-from vlmtune.models.auto.template import probe
+from vlmtune.models.template import probe
 from vlmtune.models.family import BoxFormat, ChatFormat, Components, ModelFolder
 from vlmtune.models.text import TextEncoder
 

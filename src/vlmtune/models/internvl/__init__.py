@@ -1,0 +1,1 @@
+"""InternVL 1.5 to 3.5: official folders (`InternVLChatModel`) and native ones (`-hf`)."""
