@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -30,6 +30,13 @@ class ImageOptions(Section):
     """Most tiles a picture may be cut into (InternVL: `max_patches`; the thumbnail is not counted)."""
     min_tiles: Annotated[int, Field(ge=1, le=MAX_TILES)] | None = None
     """Fewest tiles."""
+    size: Annotated[int, Field(ge=1)] | None = None
+    """Edge of a tile in pixels (official InternVL: `force_image_size`)."""
+    thumbnail: bool | None = None
+    """Show a picture of several tiles once more as a whole (official InternVL: `use_thumbnail`)."""
+    fit: Literal["stretch", "pad_square"] | None = None
+    """How a picture that is not cut becomes a square: stretched, or on a square of the mean colour (official InternVL:
+    `pad2square`). With `max_tiles: 1`."""
     max_pixels: Annotated[int, Field(ge=1)] | None = None
     """Largest area after resizing, in pixels, for models that keep the aspect ratio (Qwen-VL)."""
     min_pixels: Annotated[int, Field(ge=1)] | None = None

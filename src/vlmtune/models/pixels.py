@@ -8,7 +8,7 @@ tile is written straight into the tensor that holds all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,10 +19,13 @@ from transformers.image_transforms import normalize, rescale
 from transformers.image_utils import ChannelDimension
 
 from vlmtune.data.sample import Size
+from vlmtune.models.resample import planes_of, resized_planes
 
 Triple = tuple[float, float, float]
 Planes = Sequence[np.ndarray]
 """Three channels, uint8 (H, W)."""
+Retouch = Callable[[PIL.Image.Image], PIL.Image.Image]
+"""A change to an RGB picture that keeps its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,46 @@ def tiles(parts: Sequence[tuple[Planes, tuple[int, int]]], tile: Size, tones: To
                 tones.write(channel, cut[row, :, column], out[first + number, channel])
         first += rows * columns
     return result
+
+
+def grid_tiles(
+    picture: PIL.Image.Image,
+    grid: tuple[int, ...],
+    tile: Size,
+    *,
+    thumbnail: bool,
+    resample: int,
+    tones: Tones,
+    retouch: Retouch | None = None,
+) -> torch.Tensor:
+    """An RGB picture stretched over a grid and cut, as `tiles`; and once more as a whole after several tiles.
+
+    Args:
+        grid: (columns, rows).
+        tile: (width, height) of a tile.
+        thumbnail: whether the whole picture follows the tiles of a grid of more than one.
+        resample: Pillow's number of the filter.
+        retouch: what is done to each tile before it becomes numbers.
+    """
+    columns, rows = grid
+    width, height = tile
+    parts = [(resized_planes(picture, (columns * width, rows * height), resample), (rows, columns))]
+    if thumbnail and columns * rows > 1:
+        parts.append((resized_planes(picture, tile, resample), (1, 1)))
+    if retouch is not None:
+        parts = [(_retouched(planes, tile, retouch), shape) for planes, shape in parts]
+    return tiles(parts, tile, tones)
+
+
+def _retouched(planes: Planes, tile: Size, retouch: Retouch) -> list[np.ndarray]:
+    """The channels of a picture whose tiles were retouched one by one, row by row."""
+    values = np.stack(planes, axis=-1)
+    width, height = tile
+    for top in range(0, values.shape[0], height):
+        for left in range(0, values.shape[1], width):
+            place = values[top : top + height, left : left + width]
+            place[:] = np.asarray(retouch(PIL.Image.fromarray(np.ascontiguousarray(place))))
+    return planes_of(PIL.Image.fromarray(values))
 
 
 def patches(planes: Planes, *, edge: int, merge: int, frames: int, tones: Tones) -> torch.Tensor:

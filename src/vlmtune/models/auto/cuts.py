@@ -14,7 +14,7 @@ import torch
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vlmtune.data.sample import Size
-from vlmtune.models.pixels import Tones, make_tones, patches, seen_patches, seen_tiles, tiles
+from vlmtune.models.pixels import Tones, grid_tiles, make_tones, patches, seen_patches, seen_tiles, tiles
 from vlmtune.models.resample import planes_of, resized_planes
 
 Pixels = dict[str, torch.Tensor]
@@ -28,18 +28,14 @@ def tiled(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> 
     if edges is None or tones is None:
         return None
     width, height = edges
-    parts = []
+    grid = (1, 1)
     if processor.crop_to_patches and processor.max_patches > 1:
-        columns, rows = get_optimal_tiled_canvas(
+        grid = get_optimal_tiled_canvas(
             picture.size[::-1], (height, width), processor.min_patches, processor.max_patches
         )
-        size = columns * width, rows * height
-        parts.append((resized_planes(picture, size, processor.resample), (rows, columns)))
     elif not processor.do_resize:
         return None
-    if not parts or parts[0][1] != (1, 1):
-        parts.append((resized_planes(picture, edges, processor.resample), (1, 1)))
-    values = tiles(parts, edges, tones)
+    values = grid_tiles(picture, grid, edges, thumbnail=True, resample=processor.resample, tones=tones)
     return {"pixel_values": values, "num_patches": torch.tensor([len(values)])}
 
 
