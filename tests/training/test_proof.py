@@ -150,3 +150,35 @@ def test_every_family_is_proven_with_every_method(
     )
     assert "could not be proven" not in "".join(said)
     assert json.loads((result.run_dir / "finished.json").read_text())["steps"] == 2
+
+
+DROP_PATH: dict[str, Any] = {"train": ["vision"], "drop_path": 0.8}
+
+
+def test_branches_that_drop_path_left_out_are_demanded_later(tmp_path: Path, model: Path) -> None:
+    """One tile a step: most steps drop a branch of the last layer, which then has no gradient at all."""
+    rows = write_rows(tmp_path / "rows", num=24)
+    data = {"sources": {"path": str(rows), "image": {"max_tiles": 1}}}
+    said: list[str] = []
+    for name, steps in (("short", 1), ("long", 24)):
+        section = {"global_batch_size": 1, "max_steps": steps}
+        train(make_config(tmp_path / name, model, rows, tuning=DROP_PATH, train=section, data=data), say=said.append)
+        left_out = "of vision could not be proven: drop path left it out in every step so far" in said[-1]
+        assert left_out == (name == "short"), said[-1]
+
+
+def test_drop_path_excuses_nothing_for_ever(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch that never trains is named once chance explains it no longer: at 0.1, in the tenth step."""
+
+    def cut(model: Any) -> None:
+        layer = model.get_submodule("model.vision_tower.encoder.layer.1.mlp")
+        layer.register_forward_hook(lambda module, args, out: out.detach())
+
+    _sabotaged(monkeypatch, cut)
+    rows = write_rows(tmp_path / "rows", num=24)
+    section = {"global_batch_size": 1, "max_steps": 24, "save_every": 1}
+    tuning = {"train": ["vision"], "drop_path": 0.1}
+    with pytest.raises(ProofError, match=r"layer\.1\.mlp\.fc1\.weight") as caught:
+        train(make_config(tmp_path, model, rows, tuning=tuning, train=section))
+    assert "layer.0" not in str(caught.value) and "attention" not in str(caught.value)
+    assert [step for step, _ in losses(tmp_path / "run")] == list(range(1, 10))

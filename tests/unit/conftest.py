@@ -15,7 +15,7 @@ import pytest
 def adapter_folder(
     tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """`adapter_folder(kind, method)`: a PEFT adapter on language and vision with the projector trained in full.
+    """`adapter_folder(kind, method)`: a PEFT adapter on language (rank 4) and vision (rank 2) with the projector trained in full.
 
     Its weights are random and large enough that forgetting one of them shows.
     """
@@ -30,7 +30,13 @@ def adapter_folder(
     def folder(kind: str, method: str) -> Path:
         if (kind, method) not in made:
             opened = open_folder(tiny_folder(kind))
-            tuning = LoraTuning(method=method, rank=4, targets=("language", "vision"), train=("projector",))  # type: ignore[arg-type]
+            tuning = LoraTuning(
+                method=method,  # type: ignore[arg-type]
+                rank=4,
+                ranks={"vision": 2},
+                targets=("language", "vision"),
+                train=("projector",),
+            )
             model = prepare(load_model(opened), opened, tuning)
             torch.manual_seed(1)
             for parameter in model.parameters():

@@ -74,7 +74,8 @@ def _print(model: Description) -> None:
     lines = [("model", model.path)]
     if model.base and model.adapter:
         size = _short(model.adapter["parameters"])
-        detail = f"{model.adapter['type']}, rank {model.adapter['rank']}, {size} parameters"
+        rank = " and ".join(map(str, model.adapter["ranks"])) or model.adapter["rank"]
+        detail = f"{model.adapter['type']}, rank {rank}, {size} parameters"
         lines += [("adapter", detail), ("base", model.base)]
         if model.adapter["trained_in_full"]:
             lines.append(("in full", ", ".join(model.adapter["trained_in_full"])))

@@ -80,6 +80,9 @@ class FullTuning(Section):
     """Components that are trained in full."""
     learning_rates: dict[Component, Annotated[float, Field(gt=0)]] = {}
     """Learning rate per component where it differs from `train.learning_rate`."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Drop path rate of the last vision layer, rising linearly from 0 at the first: so often a tile skips one of the
+    layer's branches in training, whether the tower itself trains or not."""
 
     @model_validator(mode="after")
     def _something_trains(self) -> FullTuning:
@@ -96,8 +99,13 @@ class LoraTuning(Section):
     """The kind of adapter; qlora is LoRA on a base whose Linear layers are kept in 4 bits (NF4) while it trains."""
     rank: Annotated[int, Field(ge=1)] = 16
     """Rank of the update."""
+    ranks: dict[Component, Annotated[int, Field(ge=1)]] = {}
+    """Rank per component where it differs from `rank`, such as `{vision: 4}`; the head counts as language."""
     alpha: Annotated[float, Field(gt=0)] | None = None
-    """Scale of the update; twice the rank when left out."""
+    """The update is multiplied by alpha ÷ rank (rslora: by alpha ÷ √rank); twice the rank of each component when left
+    out."""
+    alphas: dict[Component, Annotated[float, Field(gt=0)]] = {}
+    """Alpha per component where it differs from `alpha`."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that are dropped in training."""
     targets: tuple[str, ...] = ("language",)
@@ -106,6 +114,9 @@ class LoraTuning(Section):
     """Components that are trained in full beside the adapter."""
     learning_rates: dict[Component, Annotated[float, Field(gt=0)]] = {}
     """Learning rate per component where it differs from `train.learning_rate`."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Drop path rate of the last vision layer, rising linearly from 0 at the first: so often a tile skips one of the
+    layer's branches in training, whether the tower itself trains or not."""
 
     @model_validator(mode="before")
     @classmethod
@@ -121,6 +132,11 @@ class LoraTuning(Section):
         twice = sorted(set(self.targets) & set(self.train))
         if twice:
             raise ValueError(f"{', '.join(twice)} stands in both targets and train; a component has one or the other")
+        for name, chosen in (("ranks", self.ranks), ("alphas", self.alphas)):
+            if all(target in (*COMPONENTS, "head") for target in self.targets):  # a suffix may hit any component
+                carrying = {"language" if target == "head" else target for target in self.targets}
+                if idle := sorted(set(chosen) - carrying):
+                    raise ValueError(f"{name} names {', '.join(idle)}, which carries no adapter; add it to targets")
         return self
 
 
@@ -142,6 +158,9 @@ class DataConfig(Section):
     """What happens to a row longer than `max_length`: refuse the run, or drop the row and count it."""
     packing: bool = True
     """Put several rows in one sequence, isolated from each other."""
+    group_by_length: bool = False
+    """Draw the rows of a step from those of like length, so that less is padded; without packing only. The loss of a
+    step then follows its length, and its curve is rougher."""
     bad_rows: Literal["refuse", "drop"] = "refuse"
     """What happens to rows that cannot be trained: refuse the run, or drop them, list them and count them."""
     max_bad_share: Annotated[float, Field(gt=0, le=1)] = 0.01
@@ -154,6 +173,15 @@ class DataConfig(Section):
     """Pictures with more pixels than this are refused as decompression bombs; Pillow opens none above the default."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode pictures, and that prepare rows; 0 does it in the main process."""
+
+    @model_validator(mode="after")
+    def _packs_need_no_like_lengths(self) -> DataConfig:
+        if self.group_by_length and self.packing:
+            raise ValueError(
+                "data.group_by_length saves padding, and packs have none; set data.packing: false beside it, or leave "
+                "it out"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -98,6 +98,8 @@ def _training(config: Mapping[str, Any]) -> list[str]:
     if tuning:
         method = str(tuning.get("method", "full"))
         detail = f", rank {tuning['rank']}" if "rank" in tuning else ""
+        own = ", ".join(f"{rank} on {component}" for component, rank in (tuning.get("ranks") or {}).items())
+        detail += f" ({own})" if own else ""
         lines.append(f"- Method: {_NAMES.get(method, method)}{detail}")
     sources = (config.get("data") or {}).get("sources") or ()
     if sources:

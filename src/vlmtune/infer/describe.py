@@ -60,27 +60,27 @@ def describe(located: Located) -> Description:
     opened = open_folder(located.model_folder, located.media)
     shards = Shards(located.model_folder)
     model = skeleton(opened)
-    table = name_table(model, shards.infos)
+    table = name_table(model, shards.infos, opened.table)
     parameters: dict[str, int] = {"vision": 0, "projector": 0, "language": 0}
     dtypes: dict[str, int] = {}
     for name, info in shards.infos.items():
         dtypes[dtype_name(info.dtype)] = dtypes.get(dtype_name(info.dtype), 0) + info.num_elements
-        component = opened.components.of(table.module_of[name]) if name in table.module_of else None
+        component = opened.components.of(table.links[name].parameters[0]) if name in table.links else None
         if component:
             parameters[component] += info.num_elements
-    filled = set(table.module_of.values())
+    filled = table.filled
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     missing = [name for name, _ in model.named_parameters() if name not in filled | tied]
-    same = all(disk == module for disk, module in table.module_of.items())
+    same = opened.table is not None or all(link.parameters == (disk,) for disk, link in table.links.items())
     return Description(
         path=str(located.path),
         base=str(located.base) if located.base else None,
         family=opened.family.name,
         architecture=type(model).__name__,
-        layout="native" + ("" if same else " (under transformers' legacy hub names)"),
+        layout=opened.layout + ("" if same else " (under transformers' legacy hub names)"),
         dtypes=dtypes,
         parameters=parameters,
-        unknown=len(shards) - len(table.module_of),
+        unknown=len(shards) - len(table.links),
         missing=len(missing),
         chat=_chat(opened.chat),
         pictures={f"{w}×{h}": _cost(opened, (w, h), is_frame=False) for w, h in SIZES},
@@ -130,6 +130,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
     return {
         "type": kind,
         "rank": config.get("r"),
+        "ranks": sorted({info.shape[0] for info in infos if info.name.endswith("lora_A.weight")}),
         "alpha": config.get("lora_alpha"),
         "parameters": sum(info.num_elements for info in infos),
         "trained_in_full": config.get("modules_to_save") or [],

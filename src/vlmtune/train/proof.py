@@ -7,6 +7,7 @@ Either way the figures of all ranks are joined by their maximum. There is no tol
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -25,15 +26,17 @@ _KEY_BIAS = re.compile(r"(?:^|\.)(?:k_proj|key|k)\.bias$")
 _LORA_A = re.compile(r"\.lora_(?:embedding_)?A\.")
 _SHOWN = 12
 
+_UNLIKELY = 1e-9  # that drop path alone leaves a branch out in so many steps running
+
 
 class FirstStepProof:
     """Watches one model until every trained tensor is proven.
 
     A tensor that may lawfully be zero now is demanded later: the tower at the first step with pictures, LoRA's A at the
-    first step after B moved. `pending` names what is still open.
+    first step after B moved, a layer that drop path left out at one of the next steps. `pending` names what is open.
     """
 
-    def __init__(self, model: nn.Module, opened: OpenedFolder) -> None:
+    def __init__(self, model: nn.Module, opened: OpenedFolder, *, drop_path: float = 0.0) -> None:
         self._trained: dict[str, tuple[Component, nn.Parameter]] = {
             name: (component_of(name, opened.components), parameter)
             for name, parameter in model.named_parameters()
@@ -44,6 +47,9 @@ class FirstStepProof:
         self._saw_pictures = False
         self._largest: dict[str, torch.Tensor] = {}
         self._hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._droppable = tuple(f"{prefix}." for prefix in opened.components.blocks.get("vision", ()) if drop_path)
+        self._allowed_misses = math.log(_UNLIKELY) / math.log(drop_path) if drop_path else 0.0
+        self._misses: dict[str, int] = {}
 
     def begin_step(self, *, pictures: bool, adapters_moved: bool) -> None:
         """Chooses what this step must prove.
@@ -99,12 +105,21 @@ class FirstStepProof:
             for name in order
             if not largest[name] and name not in not_finite and not _KEY_BIAS.search(native_name(name))
         ]
-        if not_finite or zero:
-            raise _failed(not_finite, zero)
+        dropped = {name for name in zero if self._may_be_dropped(name)}
+        if not_finite or len(zero) > len(dropped):
+            raise _failed(not_finite, [name for name in zero if name not in dropped])
+        self._watched -= dropped
         self.pending -= self._watched
         for name in self._watched & set(self._hooks):
             self._hooks.pop(name).remove()
         self._watched = set()
+
+    def _may_be_dropped(self, name: str) -> bool:
+        """Whether drop path explains that this tensor got no gradient, in this step and those before."""
+        if not native_name(name).startswith(self._droppable):
+            return False
+        self._misses[name] = self._misses.get(name, 0) + 1
+        return self._misses[name] <= self._allowed_misses
 
     def open_questions(self) -> list[str]:
         """What no step could prove so far, and why, one sentence per component."""
@@ -114,6 +129,8 @@ class FirstStepProof:
             if not names:
                 continue
             why = "it needs a row with a picture, and none came"
+            if all(name in self._misses for name in names):
+                why = "drop path left it out in every step so far"
             if all(_LORA_A.search(name) for name in names) and (self._saw_pictures or component == "language"):
                 why = "the run was too short, as LoRA's A gets a gradient only once B has moved"
             sentences.append(f"{_tensors(len(names))} of {component} could not be proven: {why}.")

@@ -163,7 +163,8 @@ class VlmTrainer(SealedCheckpoints):
         self._totals.tokens += tokens
         if self._to_prove and self._proof is None:
             self._to_prove = False
-            self._proof = FirstStepProof(self.model, self.job.opened)  # FSDP has put its own parameters in place by now
+            # FSDP has put its own parameters in place by now.
+            self._proof = FirstStepProof(self.model, self.job.opened, drop_path=self.job.config.tuning.drop_path)
         if self._proof is not None:
             unmoved = 1 if self.args.get_warmup_steps(self.state.max_steps) else 0  # the first warm-up step has rate 0
             self._proof.begin_step(pictures=pictures > 0, adapters_moved=self.state.global_step > unmoved)

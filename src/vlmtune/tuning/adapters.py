@@ -1,10 +1,11 @@
-"""LoRA, DoRA, rsLoRA and QLoRA's adapters through PEFT, with targets named by component."""
+"""What trains, made ready: LoRA, DoRA, rsLoRA and QLoRA adapters through PEFT, targets and ranks by component."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 from vlmtune.config.schema import COMPONENTS, Component, FullTuning, LoraTuning
 from vlmtune.errors import ConfigError
 from vlmtune.models.family import Components, OpenedFolder
-from vlmtune.tuning.components import component_of, freeze_all_but, never_trains
+from vlmtune.nn import drop_path
+from vlmtune.tuning.components import component_of, freeze_all_but, native_name, never_trains
 
 HEAD = "head"
 
@@ -22,12 +24,13 @@ HEAD = "head"
 def prepare(
     model: PreTrainedModel, opened: OpenedFolder, tuning: FullTuning | LoraTuning
 ) -> PreTrainedModel | PeftModel:
-    """Makes ready what trains: freezes components, or wraps the model with an adapter.
+    """Makes ready what trains: freezes components, or wraps the model with an adapter; installs drop path.
 
     Every trained tensor is float32 afterwards, whatever the base is kept in.
 
     Raises:
-        ConfigError: a target hits no Linear layer; the message names candidates.
+        ConfigError: a target hits no Linear layer (the message names candidates), a component with a rank of its own
+            carries no adapter, or drop path is asked of a tower that cannot have it.
         WeightsError: a parameter belongs to no component.
     """
     if isinstance(tuning, FullTuning):
@@ -39,7 +42,28 @@ def prepare(
         if parameter.requires_grad and parameter.dtype != torch.float32:
             # Small updates vanish in bfloat16; the forward pass runs under autocast.
             parameter.data = parameter.data.float()
+    if tuning.drop_path:
+        _install_drop_path(prepared, opened, tuning.drop_path)
     return prepared
+
+
+def _install_drop_path(model: nn.Module, opened: OpenedFolder, rate: float) -> None:
+    """On the tower's layers, in the copy as well that PEFT trains of a tower beside the adapter."""
+    blocks = opened.components.blocks.get("vision", ())
+    stacks = [
+        list(module.children())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and native_name(name) in blocks
+    ]
+    if not stacks or not all(drop_path.branches(layer) for layers in stacks for layer in layers):
+        raise ConfigError(
+            "the vision tower's layers have no attention and MLP branch that a tile could skip",
+            where="tuning.drop_path",
+            expected="a tower built like InternViT, CLIP or SigLIP",
+            remedy="Leave it out.",
+        )
+    for layers in stacks:
+        drop_path.install(layers, rate)
 
 
 def target_modules(model: nn.Module, opened: OpenedFolder, targets: Sequence[str]) -> list[str]:
@@ -131,9 +155,12 @@ def _with_adapter(model: PreTrainedModel, opened: OpenedFolder, tuning: LoraTuni
             remedy="Train the language component by method: full, or by the adapter.",
         )
     idle = never_trains(opened)
+    ranks, alphas = _patterns(names, opened.components, tuning)
     config = LoraConfig(
         r=tuning.rank,
-        lora_alpha=tuning.alpha if tuning.alpha is not None else 2 * tuning.rank,  # type: ignore[arg-type] # PEFT only multiplies
+        lora_alpha=_alpha(tuning, None),  # type: ignore[arg-type] # PEFT only multiplies
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
         lora_dropout=tuning.dropout,
         target_modules=target_regex(names),
         modules_to_save=_modules_of(model, opened, tuning.train) or None,
@@ -145,6 +172,38 @@ def _with_adapter(model: PreTrainedModel, opened: OpenedFolder, tuning: LoraTuni
         if idle and ".modules_to_save." in name and idle.search(name):
             parameter.requires_grad_(False)
     return wrapped
+
+
+def _alpha(tuning: LoraTuning, component: Component | None) -> float:
+    """The scale of a component's adapters, or of those of all components that are not named (None)."""
+    if component is not None and component in tuning.alphas:
+        return tuning.alphas[component]
+    rank = tuning.rank if component is None else tuning.ranks.get(component, tuning.rank)
+    return tuning.alpha if tuning.alpha is not None else 2 * rank
+
+
+def _patterns(names: Sequence[str], components: Components, tuning: LoraTuning) -> tuple[dict[str, Any], ...]:
+    """PEFT's `rank_pattern` and `alpha_pattern`: one entry for each component whose figures are its own.
+
+    Raises:
+        ConfigError: a component is named that carries no adapter.
+    """
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for component in COMPONENTS:
+        if component not in tuning.ranks and component not in tuning.alphas:
+            continue
+        carrying = [name for name in names if component_of(f"{name}.weight", components) == component]
+        if not carrying:
+            raise ConfigError(
+                f"names {component}, where no adapter goes",
+                where="tuning.ranks" if component in tuning.ranks else "tuning.alphas",
+                remedy=f"Add {component} to tuning.targets, or leave it out here.",
+            )
+        pattern = target_regex(carrying)
+        ranks[pattern] = tuning.ranks.get(component, tuning.rank)
+        alphas[pattern] = _alpha(tuning, component)
+    return ranks, alphas
 
 
 def _modules_of(model: nn.Module, opened: OpenedFolder, trained: Sequence[Component]) -> list[str]:

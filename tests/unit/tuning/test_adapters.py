@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from pydantic import ValidationError
 from torch import nn
 
 from vlmtune.config.schema import LoraTuning
@@ -95,3 +98,46 @@ def test_adapters_of_dead_layers_are_left_out(tiny_folder: Callable[[str], Path]
     opened = open_folder(tiny_folder("llava"))
     names = target_modules(load_model(opened), opened, ["vision"])
     assert names and not [name for name in names if "layers.2." in name]
+
+
+def _figures(model: nn.Module) -> dict[str, set[tuple[int, float]]]:
+    """(rank, scale) of every adapter, by component."""
+    found: dict[str, set[tuple[int, float]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            component = "vision" if "vision_tower" in name else "head" if "lm_head" in name else "language"
+            found.setdefault(component, set()).add((module.r["default"], module.scaling["default"]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"ranks": {"vision": 2}}, {"vision": (2, 2.0), "language": (8, 2.0)}),
+        ({"ranks": {"vision": 2, "language": 4}, "alpha": 4}, {"vision": (2, 2.0), "language": (4, 1.0)}),
+        # XTuner's configs of InternVL: rank 128 and alpha 256, and beside them rank 64 and alpha 16.
+        ({"ranks": {"vision": 64}, "alphas": {"vision": 16}}, {"vision": (64, 0.25), "language": (8, 2.0)}),
+        ({"alphas": {"language": 8}, "targets": ("q_proj", "vision")}, {"vision": (8, 2.0), "language": (8, 1.0)}),
+    ],
+)
+def test_components_have_ranks_of_their_own(
+    tiny_folder: Callable[[str], Path], options: dict[str, Any], expected: dict[str, tuple[int, float]]
+) -> None:
+    opened = open_folder(tiny_folder("internvl"))
+    tuning = LoraTuning.model_validate({"rank": 8, "targets": ("language", "vision"), **options})
+    model = prepare(load_model(opened), opened, tuning)
+    assert _figures(model) == {component: {figures} for component, figures in expected.items()}
+
+
+def test_head_has_the_rank_of_the_language_component(tiny_folder: Callable[[str], Path]) -> None:
+    opened = open_folder(tiny_folder("llava"))
+    tuning = LoraTuning(targets=("head", "vision"), ranks={"language": 3})
+    assert _figures(prepare(load_model(opened), opened, tuning)) == {"head": {(3, 2.0)}, "vision": {(16, 2.0)}}
+
+
+def test_rank_of_a_component_without_adapter_is_refused(tiny_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(ValidationError, match="ranks names vision, which carries no adapter"):
+        LoraTuning(ranks={"vision": 4})
+    opened = open_folder(tiny_folder("internvl"))
+    with pytest.raises(ConfigError, match=r"tuning\.alphas: names projector, where no adapter goes"):
+        prepare(load_model(opened), opened, LoraTuning(targets=("q_proj",), alphas={"projector": 4}))
