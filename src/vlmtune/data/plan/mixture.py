@@ -13,7 +13,11 @@ from vlmtune.config.sources import Mixed
 from vlmtune.data.counts import exact_count
 from vlmtune.errors import ConfigError, DataError
 
-_TURN, _SHUFFLE, _PACKS = 0, 1, 2  # separate random streams
+_TURN, _SHUFFLE, _PACKS, _LENGTHS = 0, 1, 2, 3  # separate random streams
+
+# As in transformers' LengthGroupedSampler, so that neither many nor few rows always meet the same others.
+_STEPS_TOGETHER = 50
+_FEWEST_WINDOWS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +60,26 @@ class Mixture:
     def order_of_packs(self, epoch: int, num_packs: int) -> np.ndarray:
         """int64 (num_packs,): the packs of one epoch in training order."""
         return self._random(_PACKS, epoch).permutation(num_packs)
+
+    def order_by_length(self, epoch: int, lengths: np.ndarray, batch_size: int) -> np.ndarray:
+        """int64 (n,): where the rows of a shuffled epoch go so that each step holds rows of like length.
+
+        The epoch is cut into windows of up to 50 steps, and at least 4 of them; the rows of a window are sorted by
+        length and cut into steps, and the steps of the whole epoch are shuffled. Rows beyond the last whole step stay
+        where they are: which rows these are must not depend on their lengths.
+
+        Args:
+            lengths: (n,), of the rows of the epoch in their shuffled order.
+            batch_size: rows of a step.
+        """
+        steps = len(lengths) // batch_size
+        per_window = min(_STEPS_TOGETHER, max(1, steps // _FEWEST_WINDOWS))
+        grouped = np.arange(steps * batch_size)
+        window = grouped // (per_window * batch_size)
+        grouped = np.lexsort((-lengths[grouped], window))  # stable: rows of one length stay in their random order
+        turn = self._random(_LENGTHS, epoch).permutation(steps)
+        whole = grouped.reshape(steps, batch_size)[turn].reshape(-1)
+        return np.concatenate([whole, np.arange(steps * batch_size, len(lengths))])
 
     def _random(self, *stream: int) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, *stream])))

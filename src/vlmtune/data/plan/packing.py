@@ -98,6 +98,7 @@ def _plan_samples(
         max_length=config.data.max_length if packed else None,
         micro_batch_size=train.micro_batch_size,
         micro_batches_per_step=0,
+        by_length=config.data.group_by_length,
     )
     if packed:
         plan.micro_batches_per_step = ceil(plan.most_packs() / world) * world

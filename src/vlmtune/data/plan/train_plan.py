@@ -154,6 +154,8 @@ class RowsPlan(TrainPlan):
     """Rows that are taken from the epoch after those."""
     max_length: int | None
     micro_batch_size: int
+    by_length: bool = False
+    """Each step takes rows of like length; see `mixture.order_by_length`."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -184,7 +186,11 @@ class RowsPlan(TrainPlan):
         return epoch, start, min(start + self.global_batch_size, limit), size
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.mixture.epoch(epoch), np.zeros(0, np.int64)
+        rows = self.mixture.epoch(epoch)
+        if self.by_length:
+            places = self.mixture.order_by_length(epoch, self.num_tokens[rows], self.global_batch_size)
+            rows = rows[places]
+        return rows, np.zeros(0, np.int64)
 
     def _deal(self, step: int) -> list[np.ndarray]:
         rows = self.step_rows(step)
