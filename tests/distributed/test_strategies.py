@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from killed import start
+from ranks import on_two_ranks
 from runs import eval_losses, losses, make_config, write_rows, write_yaml
 from safetensors.torch import load_file
 from wide import save_wide
@@ -63,28 +63,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, model: Path, rows: Path, eva
     }
 
 
-def two_processes(cases: list[dict[str, Any]], folder: Path, *, timeout: float = 240) -> str:
-    """Runs the cases on two ranks; the output of both. Never hangs: all are killed after `timeout` seconds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    code = "import sys; from vlmtune.cli import launch\nsys.exit(launch.start(2, [sys.argv[2]], entry=[sys.argv[1]]))"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(ENTRY), str(folder / "cases.json")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=env,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        output, _ = process.communicate()
-        pytest.fail(f"no end after {timeout} s:\n{output[-3000:]}")
-    assert process.returncode == 0, output[-5000:]
-    return output
+def two_processes(cases: list[dict[str, Any]], folder: Path) -> str:
+    return on_two_ranks(ENTRY, cases, folder)
 
 
 def _weights(run_dir: Path) -> dict[str, torch.Tensor]:
