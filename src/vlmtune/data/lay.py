@@ -69,7 +69,10 @@ def lay(
             pieces += [
                 _fixed(chat.bridge),
                 Segment(chat.answer_lead, trained=True, template=True),
-                *(replace(segment, trained=True) for segment in writer.words(message, strips=chat.strips)),
+                *(
+                    replace(segment, trained=True)
+                    for segment in writer.words(message, strips=chat.strips or chat.strips_ends)
+                ),
                 Segment(chat.stop, trained=True, template=True),
             ]
     pieces.append(_fixed(chat.bridge if prompt else chat.close[len(chat.stop) :]))
@@ -110,6 +113,10 @@ class _Writer:
         items = [item for item in items if not isinstance(item, _Words) or item.segments]
         if chat.images_first:
             items = _media_first(items, chat.text_joint)
+        if chat.strips_ends:
+            items = _strip_ends(items)
+        if chat.block:
+            items = _in_block(items, chat.block)
         pieces: list[Piece] = []
         for item in items:
             if not pieces and (isinstance(item, _Words) or item.begins_with_text):
@@ -201,16 +208,37 @@ def _fold(items: Sequence[_Words | _Medium]) -> None:
             before.segments[-1:] = _kept(last, last.text.removesuffix("\n") if not last.template else last.text)
 
 
-def _strip(segments: Sequence[Segment]) -> list[Segment]:
-    """Without white space at both ends, as templates that trim contents leave it."""
+def _in_block(items: Sequence[_Words | _Medium], block: tuple[str, str, str]) -> list[_Words | _Medium]:
+    """The media, which stand first, as one."""
+    media = [piece for item in items if isinstance(item, _Medium) for piece in item.pieces]
+    texts = [item for item in items if isinstance(item, _Words)]
+    if not media:
+        return [*texts]
+    before, after, joint = block
+    return [_Medium([_fixed(before), *media, _fixed(after + (joint if texts else ""))]), *texts]
+
+
+def _strip_ends(items: Sequence[_Words | _Medium]) -> list[_Words | _Medium]:
+    """Without white space where the turn begins and ends."""
+    stripped = list(items)
+    for end in (0, -1):
+        if stripped and isinstance(edge := stripped[end], _Words):
+            edge.segments = _strip(edge.segments, start=end == 0, end=end == -1)
+            if not edge.segments:
+                del stripped[end]
+    return stripped
+
+
+def _strip(segments: Sequence[Segment], *, start: bool = True, end: bool = True) -> list[Segment]:
+    """Without white space at the ends, as templates that trim contents leave it."""
     stripped = list(segments)
-    while stripped and not stripped[0].template and not stripped[0].text.strip():
+    while start and stripped and not stripped[0].template and not stripped[0].text.strip():
         del stripped[0]
-    while stripped and not stripped[-1].template and not stripped[-1].text.strip():
+    while end and stripped and not stripped[-1].template and not stripped[-1].text.strip():
         del stripped[-1]
-    if stripped and not stripped[0].template:
+    if start and stripped and not stripped[0].template:
         stripped[0] = replace(stripped[0], text=stripped[0].text.lstrip())
-    if stripped and not stripped[-1].template:
+    if end and stripped and not stripped[-1].template:
         stripped[-1] = replace(stripped[-1], text=stripped[-1].text.rstrip())
     return stripped
 

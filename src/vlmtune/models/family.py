@@ -87,8 +87,13 @@ class ChatFormat:
     """The template puts the pictures of a turn before its text, wherever they stood."""
     text_joint: str = ""
     """What the template puts between two texts of a turn (with `images_first`)."""
+    block: tuple[str, str, str] | None = None
+    """With `images_first`: text before and after all pictures of a turn together, and between them and the turn's text;
+    None where each picture stands for itself."""
     strips: bool = False
-    """The template trims contents."""
+    """The template trims every text of a turn."""
+    strips_ends: bool = False
+    """The template trims the ends of a turn, and leaves the text beside pictures as it is."""
     fold_newlines: bool = True
     """A newline beside an `<image>` mark belongs to the mark and is left to the template."""
     stop_ids: tuple[int, ...] = ()

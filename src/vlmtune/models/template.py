@@ -9,7 +9,7 @@ searched for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -102,9 +102,10 @@ def _cut(render: TemplateProbe, image_token: str, text: TextEncoder, tokenizer: 
         if not (opening.endswith(user_lead) and again.endswith(user_lead)):
             raise _NotPieces("the first turn and the later ones begin in different ways")
         opening, again = opening[: -len(user_lead)], again[: -len(user_lead)]
+    trims = _trims(render)
     return ChatFormat(
         opening=opening,
-        prefix_ids=_prefix_ids(tokenizer, opening),
+        prefix_ids=prefix_ids(tokenizer, opening),
         system_opening=_system(render, user_lead),
         user_lead=user_lead,
         bridge=prompt,
@@ -115,7 +116,8 @@ def _cut(render: TemplateProbe, image_token: str, text: TextEncoder, tokenizer: 
         image=image,
         images_first=images_first,
         text_joint=joint,
-        strips=_strips(render),
+        strips=trims == "texts",
+        strips_ends=trims == "ends",
         stop_ids=_stop_ids(stop, text),
     )
 
@@ -165,12 +167,15 @@ def _system(render: TemplateProbe, user_lead: str) -> tuple[str, str] | None:
     return before, between
 
 
-def _strips(render: TemplateProbe) -> bool:
-    """Whether the template trims contents."""
-    return f"  {_USER}  " not in render.render(("user", [f"  {_USER}  "]), ("assistant", [_ANSWER]))
+def _trims(render: TemplateProbe) -> Literal["", "texts", "ends"]:
+    """Whether the template trims every text, or only the ends of a turn."""
+    if f"  {_USER}  " in render.render(("user", [f"  {_USER}  "]), ("assistant", [_ANSWER])):
+        return ""
+    beside = render.render(("user", [f"  {_USER}  ", _IMAGE]), ("assistant", [_ANSWER]))
+    return "ends" if f"{_USER}  " in beside else "texts"
 
 
-def _prefix_ids(tokenizer: PreTrainedTokenizerBase, opening: str) -> tuple[int, ...]:
+def prefix_ids(tokenizer: PreTrainedTokenizerBase, opening: str) -> tuple[int, ...]:
     """Ids that the tokenizer puts before any text, unless the template writes the bos token itself.
 
     The same rule as transformers' `ProcessorMixin.apply_chat_template`.

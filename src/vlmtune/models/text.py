@@ -64,7 +64,8 @@ class TextEncoder:
 
     Runs of plain text between special tokens are tokenised whole, so that words which cross a segment border get the
     ids that the rendered conversation gets. Only where an answer begins is there always a border: in training the ids
-    before it are those that a generation prompt ends with. A token is trained if any of its characters is.
+    before it are those that a generation prompt ends with. White space that a special token before it swallows is no
+    border: nothing of it is left in either. A token is trained if any of its characters is.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -127,7 +128,7 @@ class TextEncoder:
                 line.append(Run(kept, first=at_start and not line))
 
         for segment in segments:
-            if pieces and segment.trained and not pieces[-1][1]:
+            if pieces and segment.trained and not pieces[-1][1] and not (eat_left and _is_blank(pieces)):
                 # A border where an answer begins: the ids before it must be those that a prompt ends with.
                 close(False)
             for piece, special in self._atoms(segment):
@@ -193,6 +194,10 @@ def join(line: Sequence[Run]) -> tuple[list[int], list[bool]]:
         ids += run.ids or ()
         trained += run.trained
     return ids, trained
+
+
+def _is_blank(pieces: Sequence[tuple[str, bool]]) -> bool:
+    return not any(text.strip() for text, _ in pieces)
 
 
 def _trimmed(run: list[tuple[str, bool]], *, start: bool, end: bool) -> list[tuple[str, bool]]:
