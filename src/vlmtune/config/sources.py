@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -25,6 +25,8 @@ class Read(Section):
     columns: dict[str, Annotated[str, Field(min_length=1)]] = {}
     """Names that vlmtune knows (`question`, `answer`, `image`, `messages`, …) and the rows' own names for them:
     `{answer: label, image: photo}`; `meta.label` is the key `label` of the object `meta`."""
+    lone_turns: Literal["refuse", "drop"] = "refuse"
+    """What happens to a row that begins with an answer or ends with a question: refuse it, or leave these turns out."""
 
 
 MAX_REPEAT = 1_000_000  # more is a slip of the keyboard, and no memory holds the plan of such an epoch

@@ -37,7 +37,7 @@ _DECIDING = (
 
 def key_of(source: Source, opened: OpenedFolder) -> str:
     """16 hexadecimal digits: the rows, how they are read, and how the model folder lays them down."""
-    options = source.options.model_dump(mode="json", include={"prompt", "columns", "replace_prefix"})
+    options = source.options.model_dump(mode="json", include={"prompt", "columns", "replace_prefix", "lone_turns"})
     parts = {
         "encoding": ENCODING,
         "rows": [source.rows.digest, len(source)],

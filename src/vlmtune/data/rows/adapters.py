@@ -22,13 +22,14 @@ _UNSUPPORTED_KEYS = frozenset(
 )
 KNOWN_KEYS = frozenset({"id", "system", *FORMAT_KEYS, *MEDIA_KEYS, *_UNSUPPORTED_KEYS})
 _PLAIN = Read()
+_LEAVE_OUT = "`lone_turns: drop` at the source leaves such turns out."
 
 
 def to_sample(row: object, *, origin: str, locate: Locate, options: Read = _PLAIN) -> Sample:
     """The sample that a row says.
 
     Args:
-        options: of the row's source: `columns` and `prompt` are used.
+        options: of the row's source: `columns`, `prompt` and `lone_turns` are used.
 
     Raises:
         DataError: with `origin` as its place: missing keys, wrong types, unknown or misplaced roles, marks that do not
@@ -40,7 +41,8 @@ def to_sample(row: object, *, origin: str, locate: Locate, options: Read = _PLAI
         row = _with_known_names(row, options.columns) if options.columns else row
         _refuse_unsupported(row)
         dialogue = dialogue_of(row, options.prompt)
-        messages = _messages(dialogue.turns, Media(row, locate), in_front=dialogue.media_in_front)
+        turns = _paired(dialogue.turns) if options.lone_turns == "drop" else dialogue.turns
+        messages = _messages(turns, Media(row, locate), in_front=dialogue.media_in_front)
     except DataError as error:
         error.where = error.where or origin
         raise
@@ -115,6 +117,16 @@ def _refuse_unsupported(row: Row) -> None:
             )
 
 
+def _paired(turns: Sequence[Turn]) -> list[Turn]:
+    """Without answers before the first question, and without questions behind the last answer."""
+    roles = [turn.role for turn in turns]
+    if "user" not in roles or "assistant" not in roles:
+        return list(turns)
+    first = roles.index("user")
+    last = len(roles) - roles[::-1].index("assistant")
+    return [turn for i, turn in enumerate(turns) if (i >= first or turn.role == "system") and i < last]
+
+
 def _messages(turns: Sequence[Turn], media: Media, *, in_front: bool) -> list[Message]:
     """Text, media and boxes of each turn, in order. Media without marks are told by `all_placed`, after the turns."""
     user_texts = [text for turn in turns if turn.role == "user" for text in _texts(turn.content)]
@@ -154,7 +166,7 @@ def _check_order(messages: Sequence[Message], places: Sequence[str]) -> None:
     if "assistant" not in dialogue:
         raise DataError("there is no assistant turn, so nothing can be learnt", remedy="Add an answer.")
     if dialogue[0] != "user":
-        raise DataError("the first turn is the assistant's", expected="a user turn first")
+        raise DataError("the first turn is the assistant's", expected="a user turn first", remedy=_LEAVE_OUT)
     for i in range(1 + shift, len(roles)):
         if roles[i] == roles[i - 1]:
             raise DataError(
@@ -164,7 +176,7 @@ def _check_order(messages: Sequence[Message], places: Sequence[str]) -> None:
                 remedy="Join them into one, or put the missing turn between them.",
             )
     if dialogue[-1] != "assistant":
-        raise DataError("the last turn is the user's", expected="an answer after every question")
+        raise DataError("the last turn is the user's", expected="an answer after every question", remedy=_LEAVE_OUT)
     for message, place in zip(messages, places, strict=True):
         if message.role == "assistant" and message.is_blank:
             answer = f"the answer in {place}" if place.startswith("message") else place
