@@ -5,9 +5,12 @@ Each has a test that fails once the defect is gone, so that the function can be 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import transformers
+from transformers import conversion_mapping
 from transformers.processing_utils import ProcessorMixin
 from transformers.video_processing_utils import VideoProcessorMixin
 
@@ -73,3 +76,49 @@ def forget_unused_conversions(model: Any) -> None:
     and `save_pretrained` reverses them all: InternVL's decoder is saved as `language_model.model.model.…`.
     """
     model._weight_conversions = [rule for rule in model._weight_conversions if rule.was_used()]
+
+
+@contextlib.contextmanager
+def conversion_rules(model_type: str, rules: Sequence[Any]) -> Iterator[None]:
+    """While it lasts, `from_pretrained` of an architecture reads weights by `rules` instead of transformers' own.
+
+    transformers 5.23: rules can be given to its loader only through a registry of the whole process.
+    """
+    before = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+    conversion_mapping.register_checkpoint_conversion_mapping(model_type, list(rules), overwrite=True)
+    try:
+        yield
+    finally:
+        cache: Any = conversion_mapping._checkpoint_conversion_mapping_cache
+        if before is None:
+            cache.pop(model_type)
+        else:
+            cache[model_type] = before
+        conversion_mapping.USER_REGISTERED_MAPPINGS.discard(model_type)
+
+
+def restore_conversions(model: Any) -> None:
+    """Lets a model that was read by other rules be saved as a native one.
+
+    transformers 5.23: `save_pretrained` reverses the rules that a model was loaded by, so that a model from an official
+    folder would be saved under official names beside a native config.json, which no reader takes.
+    """
+    model._weight_conversions = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
+
+
+def forget_longest_row(model: Any) -> None:
+    """Makes the frequencies of dynamic NTK RoPE a function of the batch alone.
+
+    transformers 5.23: `dynamic_frequency_update` keeps the frequencies of the longest row since the last one inside the
+    original range, so that a row's logits depend on the rows before it; a resumed run then differs from one that went
+    through. Here they are set back before every call, as for a model just loaded.
+    """
+    for module in model.modules():
+        if "original_inv_freq" in module._buffers and module.rope_type == "dynamic":
+            module.register_forward_pre_hook(_set_back)
+
+
+def _set_back(module: Any, args: Any) -> None:
+    del args
+    module.max_seq_len_cached = module.original_max_seq_len
+    module.register_buffer("inv_freq", module.original_inv_freq.to(module.inv_freq.device), persistent=False)

@@ -253,7 +253,7 @@ def test_zero_gradients_are_the_lawful_ones(
     opened: OpenedFolder, model: torch.nn.Module, samples: list[Sample]
 ) -> None:
     _, grads = gradients(copy.deepcopy(model), [batch_of([[row]], opened) for row in encoded(samples, opened)])
-    lawful = opened.family.lawful_zeros(opened.folder)
+    lawful = opened.family.lawful_zeros(opened.config)
     silent = {
         name
         for name, _ in model.named_parameters()

@@ -21,7 +21,10 @@ vlmtune export adapters/ui -o exported/ui --base models/InternVL2-1B
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_OR_RUN", help="a run folder, a checkpoint, an adapter, or a model")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty folder")
-    parser.add_argument("--layout", default="native", help="naming scheme of the weights: native (transformers')")
+    parser.add_argument(
+        "--layout", metavar="NAME", help="how the weights are named: native (transformers') or official (the publisher's, "
+        "for LMDeploy, vLLM and evaluation kits); that of the base if left out",
+    )  # fmt: skip
     parser.add_argument("--checkpoint", default="best", help="of a run folder: best, last, or a step")
     parser.add_argument(
         "--dtype",

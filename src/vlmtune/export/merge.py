@@ -33,7 +33,7 @@ class NotStreamable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """What an adapter does to the tensors of its base, by their names on disk.
+    """What an adapter does to the parameters of its base, by their names.
 
     merged: weights that a low-rank update is folded into. replaced: tensors that were trained in full beside it.
     """
@@ -75,12 +75,12 @@ def plan_merge(opened: OpenedFolder, adapter: Path, shards: Shards) -> Merge:
     """
     _refuse_unusual(adapter)
     model = skeleton(opened)
-    table = name_table(model, shards.infos)
+    table = name_table(model, shards.infos, opened.table)
     tied = _tied(model)
     _fill_with_stand_ins(model)
     wrapped = attach(model, adapter)
     layers, replaced = _changes(wrapped)
-    return Merge(_by_disk_name(layers, table, tied), _by_disk_name(replaced, table, tied))
+    return Merge(_on_disk(layers, table, tied), _on_disk(replaced, table, tied))
 
 
 def _refuse_unusual(adapter: Path) -> None:
@@ -139,13 +139,14 @@ def _changes(wrapped: torch.nn.Module) -> tuple[dict[str, LoraLayer], dict[str, 
     return layers, replaced
 
 
-def _by_disk_name(changes: Mapping[str, Any], table: NameTable, tied: Mapping[str, str]) -> dict[str, Any]:
-    disk_of = table.disk_of
+def _on_disk(changes: Mapping[str, Any], table: NameTable, tied: Mapping[str, str]) -> dict[str, Any]:
+    """The changes by the names of the parameters that lie on disk."""
+    link_of = table.link_of
     found: dict[str, Any] = {}
     for name, change in changes.items():
         # A folder with tied weights may hold either name, or both; all of them are the one tensor.
-        places = [disk_of[one] for one in (name, tied.get(name)) if one in disk_of]
+        places = [one for one in (name, tied.get(name)) if one in link_of]
         if not places:
             raise NotStreamable(f"{name} is not one tensor of the base")
-        found.update(dict.fromkeys(places, change))
+        found.update((str(place), change) for place in places)
     return found

@@ -6,7 +6,6 @@ import errno
 import gc
 import secrets
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,15 +16,16 @@ from vlmtune.config.schema import ImageOptions
 from vlmtune.errors import ExportError, UsageError
 from vlmtune.export import card, files, gap, verify
 from vlmtune.export.gap import Gap
-from vlmtune.export.merge import NOTHING, Merge, NotStreamable, plan_merge
-from vlmtune.files import free_bytes
+from vlmtune.export.merge import NOTHING, NotStreamable, plan_merge
+from vlmtune.export.stream import Stream, plan_route
+from vlmtune.files import free_bytes, read_json, write_json
 from vlmtune.infer.locate import Located, locate
 from vlmtune.infer.session import DtypeName, load_located, torch_dtype
+from vlmtune.models.family import NATIVE
 from vlmtune.models.load import open_folder
-from vlmtune.progress import track
 from vlmtune.versions import versions
 from vlmtune.weights import shards
-from vlmtune.weights.shards import FLOATING, Shards, TensorInfo
+from vlmtune.weights.shards import FLOATING, Shards
 
 FORMAT_VERSION = 1
 RECORD = "export.json"
@@ -40,6 +40,7 @@ class ExportResult:
         trained in full (``replaced``) or only changed their dtype (``cast``).
     whole_model: why the adapter could not be merged tensor by tensor; None when it was (or there is none).
     gap: of a QLoRA run, how far the 4-bit model that was trained is from this one; None for other runs.
+    notes: in what way others will use the folder differently from how it was trained.
     """
 
     out: Path
@@ -51,6 +52,7 @@ class ExportResult:
     comparisons: list[verify.Comparison] = field(default_factory=list)
     whole_model: str | None = None
     gap: Gap | None = None
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -62,6 +64,7 @@ class ExportResult:
             "tensors": self.counts,
             "merged_as_a_whole_because": self.whole_model,
             "compared": [one.as_dict() for one in self.comparisons] or "not compared",
+            "notes": self.notes,
             "gap_to_the_4bit_model": self.gap.as_dict() if self.gap else None,
             "versions": versions(),
         }
@@ -71,7 +74,7 @@ def export(
     path: str | Path,
     out: str | Path,
     *,
-    layout: str = "native",
+    layout: str | None = None,
     checkpoint: str = "best",
     dtype: DtypeName | None = None,
     base: str | Path | None = None,
@@ -84,7 +87,8 @@ def export(
     Args:
         path: a run folder, a checkpoint, an adapter, or a model folder.
         out: must not exist or be empty; its parent is where the folder is written first.
-        layout: naming scheme of the weights; ``native`` is that of the base folder.
+        layout: how the weights are named and packed: ``native`` is transformers' own, ``official`` the model's
+            publisher's; that of the base folder if left out.
         checkpoint: of a run folder: ``best``, ``last``, or a step.
         dtype: of the weights written; that of the base if left out (full tuning keeps its checkpoints in float32).
         base: the model folder under an adapter, when it is not where the adapter says.
@@ -97,14 +101,12 @@ def export(
         WeightsError: weights that are missing or do not fit.
         ExportError: the written model is not the trained one, or the disk is full; nothing is left behind.
     """
-    if layout != "native":
-        raise UsageError(f"no layout {layout!r}", where="--layout", expected="native")
     located = locate(path, base=base, checkpoint=checkpoint)
     target = _free_target(Path(out).expanduser().absolute(), located, overwrite=overwrite)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         draft.mkdir(parents=True)
-        result = _write(located, draft, dtype)
+        result = _write(located, draft, layout, dtype)
         result.out = target
         if verify == "full":
             _compare(located, draft, result, device)
@@ -139,68 +141,48 @@ def _free_target(target: Path, located: Located, *, overwrite: bool) -> Path:
     return target
 
 
-def _write(located: Located, draft: Path, dtype: DtypeName | None) -> ExportResult:
+def _write(located: Located, draft: Path, layout: str | None, dtype: DtypeName | None) -> ExportResult:
     """Weights and files; no comparison yet."""
     opened = open_folder(located.model_folder, located.media)
+    layout = layout or opened.family.home_layout(opened.folder)
+    known = (NATIVE, *opened.layouts)
+    if layout not in known:
+        raise UsageError(
+            f"no layout {layout!r} for {opened.family.name}", where="--layout", expected=" or ".join(known)
+        )
     source = Shards(located.model_folder)
     kept = _main_dtype(source)
     # A fully tuned checkpoint holds float32 master weights; people expect what they brought.
     name: str = dtype or (located.base is None and located.provenance.get("base_dtype")) or kept
-    result = ExportResult(out=draft, source=located.path, base=located.base, layout="native", dtype=name)
+    result = ExportResult(out=draft, source=located.path, base=located.base, layout=layout, dtype=name)
     _check_space(source, name, draft)
     merge = NOTHING
     if located.base is not None:
         try:
             merge = plan_merge(opened, located.path, source)
         except NotStreamable as reason:
-            result.whole_model = str(reason)
+            result.whole_model = _whole_or_refused(reason, layout, opened.layout)
     if result.whole_model is None:
-        result.counts = _stream(source, merge, name if dtype or name != kept else None, draft)
+        stream = Stream(source, plan_route(opened, source, layout), merge, name if dtype or name != kept else None)
+        stream.write(draft)
+        result.counts = stream.counts
     else:
         result.counts = _merge_whole(located, torch_dtype(name), draft)  # type: ignore[arg-type] # one of FLOATING
-    files.copy_files([located.model_folder, located.path], draft)
-    settings = opened.family.picture_settings(opened.folder, located.media.image)
-    files.finish_files(draft, opened, name, settings)
+    result.notes = opened.family.write_files(opened, layout, draft)
+    files.finish_files(draft, opened, name, legacy=layout != NATIVE)
     return result
 
 
-def _stream(source: Shards, merge: Merge, dtype: str | None, draft: Path) -> dict[str, int]:
-    """Copy the tensors of the base one by one, changing those that the plan names.
-
-    dtype: for every floating tensor; None keeps each as it is in the base.
-    """
-    code = shards.dtype_code(dtype) if dtype else None
-    plan = [replace(info, dtype=code) if code and info.dtype in FLOATING else info for info in source.infos.values()]
-    written = {info.name: info.dtype for info in plan}
-    counts = dict.fromkeys(("unchanged", "merged", "replaced", "cast"), 0)
-
-    def tensor(name: str) -> torch.Tensor:
-        found = source.read(name)
-        wanted = written[name]
-        if name in merge:
-            counts["merged" if name in merge.merged else "replaced"] += 1
-            found = merge.apply(name, found)
-        else:
-            counts["unchanged" if source.infos[name].dtype == wanted else "cast"] += 1
-        return _cast(found, wanted, name)
-
-    def advance(infos: Iterable[TensorInfo]) -> Iterable[TensorInfo]:
-        return track(infos, total=len(plan), label="writing tensors")
-
-    shards.write_shards(draft, plan, tensor, advance=advance)
-    return counts
-
-
-def _cast(tensor: torch.Tensor, code: str, name: str) -> torch.Tensor:
-    # Of these codes the names are those that `torch_dtype` takes, which mypy cannot see.
-    dtype: torch.dtype = torch_dtype(shards.dtype_name(code)) if code in FLOATING - {"F64"} else tensor.dtype  # type: ignore[arg-type]
-    cast = tensor.to(dtype)
-    if cast.is_floating_point() and cast.dtype != tensor.dtype and not torch.isfinite(cast).all():
+def _whole_or_refused(reason: NotStreamable, layout: str, base_layout: str) -> str:
+    """Why the model is merged as a whole: transformers then saves it, and knows its own layout only."""
+    if layout != NATIVE or base_layout != NATIVE:
         raise ExportError(
-            f"{name} has values that {shards.dtype_name(code)} cannot hold (largest {float(tensor.abs().max()):.3g})",
-            remedy="Export with --dtype bfloat16 or float32.",
+            f"the adapter cannot be merged tensor by tensor ({reason}), and so into the native layout of a native base "
+            "only",
+            where="--layout",
+            remedy="Train with `method: lora`, `rslora` or `dora`.",
         )
-    return cast
+    return str(reason)
 
 
 def _merge_whole(located: Located, dtype: torch.dtype, draft: Path) -> dict[str, int]:
@@ -239,7 +221,7 @@ def _finish(located: Located, draft: Path, result: ExportResult) -> None:
         comparisons=[one.as_dict() for one in result.comparisons],
     )
     (draft / "README.md").write_text(card.write_card(facts), encoding="utf-8")
-    files.write_json(draft / RECORD, {**result.as_dict(), "provenance": dict(located.provenance)})
+    write_json(draft / RECORD, {**result.as_dict(), "provenance": dict(located.provenance)})
 
 
 def _base_name(located: Located) -> str:
@@ -247,7 +229,7 @@ def _base_name(located: Located) -> str:
 
 
 def _architecture(folder: Path) -> str:
-    config = files.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     return str((config.get("architectures") or [config.get("model_type")])[0])
 
 

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vlmtune.config.schema import Component, ImageOptions, MediaOptions
-from vlmtune.data.sample import BoxUnit, Encoded, MediaPlan, Size
+from vlmtune.data.sample import BoxUnit, Encoded, MediaPlan, Retouch, Size
 from vlmtune.models.text import TextEncoder
+from vlmtune.weights.layout import WeightTable
+
+NATIVE = "native"
+"""The layout that transformers itself reads and writes."""
 
 if TYPE_CHECKING:
     import numpy as np
     import PIL.Image
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +155,41 @@ class Family(Protocol):
 
     def model_class(self, folder: ModelFolder) -> type[PreTrainedModel]: ...
 
+    def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+        """The configuration of `model_class`, whatever layout the folder is in."""
+        ...
+
+    def layout(self, folder: ModelFolder) -> str:
+        """How the tensors of this folder are named and packed: ``native``, or one of `layouts`."""
+        ...
+
+    def layouts(self, folder: ModelFolder) -> Mapping[str, WeightTable]:
+        """The layouts beside transformers' own that this model can be read from and written in."""
+        ...
+
+    def home_layout(self, folder: ModelFolder) -> str:
+        """The layout that whoever brought this model wants it back in: that of the folder which training began from."""
+        ...
+
+    def install(self, model: PreTrainedModel) -> None:
+        """Puts hooks on a loaded model for what transformers' class does not do itself."""
+        ...
+
+    def companions(self, folder: ModelFolder) -> Mapping[str, bytes]:
+        """Files by name, beside the usual ones, that a native checkpoint needs to go on as this folder would."""
+        ...
+
+    def write_files(self, opened: OpenedFolder, layout: str, out: Path) -> list[str]:
+        """The files of a folder of `layout` beside its weights, so that others use the model as `opened` does.
+
+        Returns:
+            Sentences on what others will do in another way, whatever the files say.
+
+        Raises:
+            ExportError: the layout has no words for something that this model needs.
+        """
+        ...
+
     def components(self, folder: ModelFolder) -> Components: ...
 
     def tokenizer(self, folder: ModelFolder) -> PreTrainedTokenizerBase: ...
@@ -162,10 +201,6 @@ class Family(Protocol):
     def chat(
         self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, text: TextEncoder, spec: Any
     ) -> ChatFormat: ...
-
-    def picture_settings(self, folder: ModelFolder, options: ImageOptions) -> Mapping[str, Any]:
-        """What preprocessor_config.json must say so that others cut pictures as `options` do; {} without options."""
-        ...
 
     def boxes(self, folder: ModelFolder) -> BoxFormat:
         """How the model was taught to write boxes."""
@@ -182,8 +217,13 @@ class Family(Protocol):
         """ids int32 (num_tokens,) of one picture and a boolean (num_tokens,) mask of the placeholders among them."""
         ...
 
-    def pixels(self, picture: PIL.Image.Image, plan: MediaPlan, spec: Any) -> dict[str, torch.Tensor]:
-        """One picture as model inputs; must agree with its plan."""
+    def pixels(
+        self, picture: PIL.Image.Image, plan: MediaPlan, spec: Any, retouch: Retouch | None = None
+    ) -> dict[str, torch.Tensor]:
+        """One picture as model inputs; must agree with its plan.
+
+        retouch: a change to each tile (families whose own loaders change tiles), or to the picture before it is cut.
+        """
         ...
 
     def view(self, pixels: dict[str, torch.Tensor], spec: Any) -> list[PIL.Image.Image]:
@@ -207,18 +247,18 @@ class Family(Protocol):
         """Extra arguments of `generate` beside ids, mask and pixels, padded on the left; or {}."""
         ...
 
-    def why_not_packed(self, folder: ModelFolder) -> str | None:
+    def why_not_packed(self, config: PretrainedConfig) -> str | None:
         """None if packed rows equal unpacked ones for this model, else the reason why it must pad."""
         ...
 
-    def shared_length(self, folder: ModelFolder) -> int | None:
+    def shared_length(self, config: PretrainedConfig) -> int | None:
         """Most tokens that a row may have to share a pack or a padded batch with others; None if any may.
 
         Models whose position scaling looks at the longest row of a batch change their neighbours beyond this length.
         """
         ...
 
-    def lawful_zeros(self, folder: ModelFolder) -> str | None:
+    def lawful_zeros(self, config: PretrainedConfig) -> str | None:
         """A regex over full names of parameters without gradient by construction (behind the feature layer)."""
         ...
 
@@ -230,6 +270,11 @@ class OpenedFolder:
     folder: ModelFolder
     family: Family
     tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig
+    layout: str
+    """See `Family.layout`."""
+    layouts: Mapping[str, WeightTable]
+    """See `Family.layouts`."""
     spec: Any
     text: TextEncoder
     chat: ChatFormat
@@ -239,6 +284,11 @@ class OpenedFolder:
     media: MediaOptions
     """How pictures and videos are read; `exif` is decided."""
     boxes: BoxFormat
+
+    @property
+    def table(self) -> WeightTable | None:
+        """How the tensors of this folder are named and packed; None for transformers' own layout."""
+        return self.layouts.get(self.layout)
 
     def with_image(self, options: ImageOptions | None) -> OpenedFolder:
         """The same folder for a source that cuts its pictures in its own way."""

@@ -5,8 +5,10 @@ Nothing from a model folder is executed: every Auto class gets `trust_remote_cod
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,8 +16,9 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from vlmtune import compat
 from vlmtune.config.hub import HUB_ID
 from vlmtune.config.schema import MediaOptions
 from vlmtune.errors import ConfigError, WeightsError
@@ -24,6 +27,8 @@ from vlmtune.models.registry import detect
 from vlmtune.models.text import TextEncoder
 from vlmtune.nn.attention import PACKED
 from vlmtune.weights import strict
+from vlmtune.weights.layout import WeightTable
+from vlmtune.weights.loading import conversion_rules
 
 _NOT_FETCHED = ["*.py", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]
 
@@ -93,16 +98,20 @@ def open_folder(path: str | os.PathLike[str], media: MediaOptions | None = None)
             remedy="Copy the missing files from the model's repository.",
         ) from error
     text = TextEncoder(tokenizer)
+    config = family.config(folder, tokenizer)
     return OpenedFolder(
         folder=folder,
         family=family,
         tokenizer=tokenizer,
+        config=config,
+        layout=family.layout(folder),
+        layouts=family.layouts(folder),
         spec=spec,
         text=text,
         chat=family.chat(folder, tokenizer, text, spec),
         components=family.components(folder),
-        why_not_packed=family.why_not_packed(folder),
-        shared_length=family.shared_length(folder),
+        why_not_packed=family.why_not_packed(config),
+        shared_length=family.shared_length(config),
         media=media.model_copy(update={"exif": media.exif or family.exif}),
         boxes=_box_format(folder, family, spec, media),
     )
@@ -148,19 +157,32 @@ def load_model(
     """
     folder = opened.folder
     try:
-        loaded: Any = opened.family.model_class(folder).from_pretrained(
-            folder.path,
-            dtype=dtype if dtype is not None else "auto",
-            attn_implementation=_attention(opened, attention),
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below, by name, with the other complaints
-            output_loading_info=True,
-            trust_remote_code=False,
-            quantization_config=quantisation,
-            device_map=None if device is None else {"": device},
-        )
+        with _reading(opened.config, opened.table):
+            loaded: Any = opened.family.model_class(folder).from_pretrained(
+                folder.path,
+                config=copy.deepcopy(opened.config),
+                dtype=dtype if dtype is not None else "auto",
+                attn_implementation=_attention(opened, attention),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # reported below, by name, with the other complaints
+                output_loading_info=True,
+                trust_remote_code=False,
+                quantization_config=quantisation,
+                device_map=None if device is None else {"": device},
+            )
     except (OSError, SafetensorError) as error:
         raise strict.unreadable(error, folder.path) from error
     model, info = loaded
     strict.check_loading(info, where=str(folder.path))
+    if opened.table is not None:
+        compat.restore_conversions(model)
+    else:
+        compat.forget_unused_conversions(model)
+    compat.forget_longest_row(model)
+    opened.family.install(model)
     return cast(PreTrainedModel, model)
+
+
+def _reading(config: PretrainedConfig, table: WeightTable | None) -> AbstractContextManager[None]:
+    """While it lasts, transformers reads the weights of this architecture by the table."""
+    return nullcontext() if table is None else compat.conversion_rules(config.model_type, conversion_rules(table))

@@ -8,7 +8,7 @@ tile is written straight into the tensor that holds all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,14 +18,12 @@ import torch
 from transformers.image_transforms import normalize, rescale
 from transformers.image_utils import ChannelDimension
 
-from vlmtune.data.sample import Size
+from vlmtune.data.sample import Retouch, Size
 from vlmtune.models.resample import planes_of, resized_planes
 
 Triple = tuple[float, float, float]
 Planes = Sequence[np.ndarray]
 """Three channels, uint8 (H, W)."""
-Retouch = Callable[[PIL.Image.Image], PIL.Image.Image]
-"""A change to an RGB picture that keeps its size."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from typing import Any
 from vlmtune.errors import WeightsError
 from vlmtune.models.auto import AutoFamily
 from vlmtune.models.family import Family
+from vlmtune.models.internvl import InternVLFamily
 
-FAMILIES: Sequence[Family] = (AutoFamily(),)  # `auto` is last: it takes whatever transformers knows
+FAMILIES: Sequence[Family] = (InternVLFamily(), AutoFamily())  # `auto` is last: it takes whatever transformers knows
 
 
 def detect(config: Mapping[str, Any], *, where: str) -> Family:

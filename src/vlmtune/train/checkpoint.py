@@ -88,6 +88,8 @@ def add_companions(folder: Path, opened: OpenedFolder, config: RunConfig, proven
             and not weights_index
         ):
             shutil.copyfile(source, folder / source.name)
+    for name, content in opened.family.companions(opened.folder).items():
+        (folder / name).write_bytes(content)
     write_atomic(folder / RUN_FILE, dump_config(config))
     write_atomic(folder / PROVENANCE, json.dumps(provenance, indent=1, ensure_ascii=False))
 
@@ -143,12 +145,10 @@ def check_keys(folder: Path, model: PreTrainedModel) -> None:
         WeightsError: names keys that no parameter takes, or parameters that no key fills.
     """
     saved = list(Shards(folder).infos)
-    filled = names.name_table(model, saved)
-    unknown = sorted(set(saved) - set(filled.module_of))
-    ties = model.all_tied_weights_keys
-    missing = sorted(
-        name for name, _ in model.named_parameters() if name not in set(filled.module_of.values()) and name not in ties
-    )
+    table = names.name_table(model, saved)
+    unknown = sorted(set(saved) - set(table.links))
+    held = table.filled | set(model.all_tied_weights_keys)
+    missing = sorted(name for name, _ in model.named_parameters() if name not in held)
     if unknown or missing:
         raise WeightsError(
             f"keys that transformers does not know: {unknown[:5]}; parameters without a key: {missing[:5]}",

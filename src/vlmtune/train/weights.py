@@ -9,7 +9,6 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel
 
-from vlmtune import compat
 from vlmtune.config.schema import RunConfig
 from vlmtune.errors import WeightsError
 from vlmtune.models.family import OpenedFolder
@@ -48,8 +47,6 @@ def load(
     else:
         model = load_model(source, dtype=dtype, attention=config.model.attention)
     _make_savable(model)
-    if partitioned:
-        compat.forget_unused_conversions(model)
     prepared = prepare(model, source, config.tuning)
     if isinstance(prepared, PeftModel) and resumed is not None and not partitioned:
         _load_adapter(prepared, resumed)

@@ -68,7 +68,7 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 def never_trains(opened: OpenedFolder) -> re.Pattern[str] | None:
     """Names of parameters that get no gradient by construction, such as tower layers behind the feature layer."""
-    pattern = opened.family.lawful_zeros(opened.folder)
+    pattern = opened.family.lawful_zeros(opened.config)
     return re.compile(pattern) if pattern else None
 
 

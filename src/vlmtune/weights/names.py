@@ -1,8 +1,8 @@
-"""Which parameter of the model a tensor on disk fills.
+"""Which parameters of the model a tensor on disk fills.
 
-transformers renames tensors while it loads (InternVL and LLaVA lie on disk under the names of an older class layout)
-and turns the renaming round when it saves. The table here is worked out with transformers' own rules on a model without
-weights, so that a tensor can be found in the base folder, changed, and written under the name that it had.
+A folder in transformers' own layout may still lie on disk under the names of an older class layout (InternVL, LLaVA),
+which transformers renames while it loads and renames back when it saves. The table here is worked out with its own
+rules on a model without weights. A folder in another layout is read by the table of its family.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from vlmtune.weights.layout import Link, WeightTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,32 +23,51 @@ if TYPE_CHECKING:
 class NameTable:
     """Names on disk against names in the model.
 
-    module_of: disk name -> full parameter (or buffer) name; a tensor that the model does not know is left out.
-    converted: disk names that are joined, split or permuted on the way, so that no single parameter equals them.
+    links: disk name -> what it fills; a tensor that the model does not know is left out.
+    converted: disk names that transformers joins, splits or permutes on the way, so that no parameter equals them and
+        none of our operations undoes it.
     """
 
-    module_of: Mapping[str, str]
-    converted: frozenset[str]
+    links: Mapping[str, Link]
+    converted: frozenset[str] = frozenset()
 
     @property
-    def disk_of(self) -> dict[str, str]:
-        """Parameter name -> disk name, for tensors that lie on disk as they are in the model."""
-        return {module: disk for disk, module in self.module_of.items() if disk not in self.converted}
+    def filled(self) -> set[str]:
+        """The parameters (and buffers) that get a value."""
+        return {name for link in self.links.values() for name in link.parameters}
+
+    @property
+    def link_of(self) -> dict[str, Link]:
+        """Parameter name -> where it lies, for tensors that can be taken from disk as they are in the model."""
+        known = (link for link in self.links.values() if link.disk not in self.converted)
+        return {name: link for link in known for name in link.parameters}
 
 
 def skeleton(opened: OpenedFolder) -> PreTrainedModel:
     """The model of an opened folder on the meta device: names, shapes and ties, no weights."""
+    import copy
+
     import torch
-    from transformers import AutoConfig
 
-    folder = opened.folder
-    config = AutoConfig.from_pretrained(folder.path)
     with torch.device("meta"):
-        return opened.family.model_class(folder)(config)
+        return opened.family.model_class(opened.folder)(copy.deepcopy(opened.config))
 
 
-def name_table(model: PreTrainedModel, disk_names: Iterable[str]) -> NameTable:
-    """The table for `disk_names`; `model` may lie on the meta device."""
+def name_table(model: PreTrainedModel, disk_names: Iterable[str], table: WeightTable | None = None) -> NameTable:
+    """The table for `disk_names`.
+
+    Args:
+        model: may lie on the meta device.
+        table: of the layout that the folder is in; None for transformers' own.
+    """
+    if table is not None:
+        known = set(model.state_dict())
+        links = {disk: link for disk in disk_names if (link := table.link(disk)) and known.issuperset(link.parameters)}
+        return NameTable(links)
+    return _native_table(model, disk_names)
+
+
+def _native_table(model: PreTrainedModel, disk_names: Iterable[str]) -> NameTable:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -54,14 +75,46 @@ def name_table(model: PreTrainedModel, disk_names: Iterable[str]) -> NameTable:
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    module_of: dict[str, str] = {}
+    links: dict[str, Link] = {}
     converted: set[str] = set()
     for disk in disk_names:
-        module, pattern = rename_source_key(disk, renamings, converters, model.base_model_prefix, known)
-        if module not in known and disk in known:
-            module, pattern = disk, None  # the folder was saved under the parameter names themselves
-        if module in known:
-            module_of[disk] = module
+        parameter, pattern = rename_source_key(disk, renamings, converters, model.base_model_prefix, known)
+        if parameter not in known and disk in known:
+            parameter, pattern = disk, None  # the folder was saved under the parameter names themselves
+        if parameter in known:
+            links[disk] = Link(disk, (parameter,))
         if pattern is not None:
             converted.add(disk)
-    return NameTable(module_of, frozenset(converted))
+    return NameTable(links, frozenset(converted))
+
+
+def saved_links(model: PreTrainedModel, parameters: Iterable[str], table: WeightTable | None) -> dict[str, Link]:
+    """The tensors that a folder of a layout holds for these parameters, by their names on disk.
+
+    Args:
+        model: without weights, as `skeleton` gives it.
+        table: of the layout; None for the names that transformers saves under.
+
+    Raises:
+        KeyError: the layout has no place for a parameter.
+    """
+    if table is None:
+        return {disk: Link(disk, (parameter,)) for parameter, disk in _saved_names(model, parameters).items()}
+    links: dict[str, Link] = {}
+    for parameter in parameters:
+        link = table.link_of(parameter)
+        if link is None:
+            raise KeyError(parameter)
+        links[link.disk] = link
+    return links
+
+
+def _saved_names(model: PreTrainedModel, parameters: Iterable[str]) -> dict[str, str]:
+    """Parameter name -> the name that `save_pretrained` writes it under."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    known = model.state_dict()
+    tensors = {name: known[name] for name in parameters}
+    saved = revert_weight_conversion(model, dict(tensors))
+    disk_of = {id(tensor): disk for disk, tensor in saved.items()}
+    return {name: disk_of[id(tensor)] for name, tensor in tensors.items()}

@@ -37,9 +37,10 @@ def test_each_tensor_is_what_peft_makes_of_it(
     expected = merged_by_peft(tiny_folder(kind), adapter_folder(kind, method))
     assert merge.merged and merge.replaced
     for disk in shards.infos:
-        before, after = shards.read(disk), expected[table.module_of[disk]]
-        if disk in merge:
-            assert torch.equal(merge.apply(disk, before), after), disk
+        (name,) = table.links[disk].parameters
+        before, after = shards.read(disk), expected[name]
+        if name in merge:
+            assert torch.equal(merge.apply(name, before), after), disk
             assert not torch.equal(before, after), disk
         else:
             assert torch.equal(before, after), disk
@@ -49,9 +50,11 @@ def test_the_order_of_the_tensors_does_not_matter(
     tiny_folder: Callable[[str], Path], adapter_folder: Callable[[str, str], Path]
 ) -> None:
     shards = Shards(tiny_folder("llava"))
-    merge = plan_merge(open_folder(tiny_folder("llava")), adapter_folder("llava", "dora"), shards)
-    once = {name: merge.apply(name, shards.read(name)) for name in merge.merged}
-    again = {name: merge.apply(name, shards.read(name)) for name in reversed(list(merge.merged))}
+    opened = open_folder(tiny_folder("llava"))
+    merge = plan_merge(opened, adapter_folder("llava", "dora"), shards)
+    disk_of = {name: link.disk for name, link in name_table(skeleton(opened), shards.infos).link_of.items()}
+    once = {name: merge.apply(name, shards.read(disk_of[name])) for name in merge.merged}
+    again = {name: merge.apply(name, shards.read(disk_of[name])) for name in reversed(list(merge.merged))}
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
@@ -62,8 +65,9 @@ def test_no_base_weight_is_held(
     """A stand-in is one number in memory, before a tensor's merge and after it."""
     shards = Shards(tiny_folder("internvl"))
     merge = plan_merge(open_folder(tiny_folder("internvl")), adapter_folder("internvl", method), shards)
+    table = name_table(skeleton(open_folder(tiny_folder("internvl"))), shards.infos)
     for name, layer in merge.merged.items():
-        merge.apply(name, shards.read(name))
+        merge.apply(name, shards.read(table.link_of[name].disk))
         assert layer.get_base_layer().weight.untyped_storage().nbytes() == 4, name
 
 
@@ -75,10 +79,10 @@ def test_a_16_bit_base_is_merged_in_float32(
     merge = plan_merge(open_folder(base), adapter_folder("llava", "lora"), shards)
     table = name_table(skeleton(open_folder(base)), shards.infos)
     expected = merged_by_peft(base, adapter_folder("llava", "lora"))
-    for disk in merge.merged:
-        found = merge.apply(disk, shards.read(disk))
+    for name in merge.merged:
+        found = merge.apply(name, shards.read(table.link_of[name].disk))
         assert found.dtype == torch.float32
-        assert torch.equal(found, expected[table.module_of[disk]])
+        assert torch.equal(found, expected[name])
 
 
 @pytest.mark.parametrize(

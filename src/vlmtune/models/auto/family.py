@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,13 +21,16 @@ from transformers.processing_utils import ProcessorMixin
 
 from vlmtune import compat
 from vlmtune.config.schema import Component, ImageOptions
-from vlmtune.data.sample import Encoded, MediaPlan, Size
+from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
 from vlmtune.errors import WeightsError
 from vlmtune.models.auto import conventions, pictures
 from vlmtune.models.auto.pictures import AutoSpec, KeyedConfig
 from vlmtune.models.template import probe
-from vlmtune.models.family import BoxFormat, ChatFormat, Components, ModelFolder
+from vlmtune.files import read_json, write_json
+from vlmtune.models import native
+from vlmtune.models.family import NATIVE, BoxFormat, ChatFormat, Components, ModelFolder, OpenedFolder
 from vlmtune.models.text import TextEncoder
+from vlmtune.weights.layout import WeightTable
 
 # Where transformers' image-text-to-text classes keep their parts; the longest matching prefix wins.
 _VISION = ("model.vision_tower", "model.vision_model", "model.visual")
@@ -52,14 +56,18 @@ class AutoFamily:
     def matches(self, config: Mapping[str, Any]) -> bool:
         return str(config.get("model_type")) in _known_model_types()
 
-    def config(self, folder: ModelFolder) -> PretrainedConfig:
+    def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+        del tokenizer
+        return self._config(folder)
+
+    def _config(self, folder: ModelFolder) -> PretrainedConfig:
         return transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
 
     def model_class(self, folder: ModelFolder) -> type[PreTrainedModel]:
-        return _class_for(self.config(folder))
+        return _class_for(self._config(folder))
 
     def components(self, folder: ModelFolder) -> Components:
-        model = _skeleton(self.model_class(folder), self.config(folder))
+        model = _skeleton(self.model_class(folder), self._config(folder))
         names = [name for name, _ in model.named_parameters()]
         prefixes: dict[Component, tuple[str, ...]] = {
             "vision": _present(_VISION, names),
@@ -78,18 +86,10 @@ class AutoFamily:
         return dataclasses.replace(blank, blocks=_blocks(model, blank))
 
     def tokenizer(self, folder: ModelFolder) -> PreTrainedTokenizerBase:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-        if not tokenizer.is_fast:
-            raise WeightsError(
-                f"the tokenizer {type(tokenizer).__name__} has no fast form",
-                where=str(folder.path),
-                expected="a tokenizer.json",
-                remedy="Convert it once with transformers and save it into the folder.",
-            )
-        return tokenizer
+        return native.open_tokenizer(folder)
 
     def media_spec(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, options: ImageOptions) -> AutoSpec:
-        config = self.config(folder)
+        config = self._config(folder)
         image_processor = _image_processor(folder, options)
         processor = _processor(folder, config, tokenizer, image_processor)
         rope_config = KeyedConfig(config) if config.model_type in _MULTI_AXIS else None
@@ -102,26 +102,37 @@ class AutoFamily:
             rope_config=rope_config,
         )
 
-    def picture_settings(self, folder: ModelFolder, options: ImageOptions) -> Mapping[str, Any]:
-        changed = pictures.overrides(_image_processor(folder, ImageOptions()), options)
-        if "size" not in changed or "shortest_edge" not in changed["size"]:
-            return changed
-        # Older folders say the same thing under these names, and they would win over `size`.
-        edges = changed["size"]
-        return {**changed, "min_pixels": edges["shortest_edge"], "max_pixels": edges["longest_edge"]}
+    def layout(self, folder: ModelFolder) -> str:
+        del folder
+        return NATIVE
+
+    def layouts(self, folder: ModelFolder) -> Mapping[str, WeightTable]:
+        del folder
+        return {}
+
+    def home_layout(self, folder: ModelFolder) -> str:
+        del folder
+        return NATIVE
+
+    def install(self, model: PreTrainedModel) -> None:
+        del model
+
+    def companions(self, folder: ModelFolder) -> Mapping[str, bytes]:
+        del folder
+        return {}
+
+    def write_files(self, opened: OpenedFolder, layout: str, out: Path) -> list[str]:
+        native.copy_files(opened.folder.path, out)
+        settings = _picture_settings(opened.folder, opened.media.image)
+        if settings:
+            file = out / "preprocessor_config.json"
+            write_json(file, {**read_json(file), **settings})
+        return []
 
     def chat(
         self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, text: TextEncoder, spec: AutoSpec
     ) -> ChatFormat:
-        template = _template(folder) or tokenizer.chat_template
-        if not isinstance(template, str):
-            raise WeightsError(
-                "the folder has no chat template",
-                where=str(folder.path),
-                expected="chat_template.jinja",
-                remedy="Without it the prompt that the model was trained with is unknown. Use the instruction-tuned "
-                "checkpoint, or write the template into the folder.",
-            )
+        template = native.read_template(folder, tokenizer)
         chat = probe(tokenizer, template, spec.processor.image_token, text, place=str(folder.path))
         return dataclasses.replace(chat, frames=conventions.frames(str(folder.config.get("model_type"))))
 
@@ -135,8 +146,10 @@ class AutoFamily:
     def span_ids(self, plan: MediaPlan, spec: AutoSpec) -> tuple[np.ndarray, np.ndarray]:
         return pictures.picture_ids(plan, spec)
 
-    def pixels(self, picture: PIL.Image.Image, plan: MediaPlan, spec: AutoSpec) -> dict[str, torch.Tensor]:
-        return pictures.picture_pixels(picture, spec, is_frame=plan.is_frame)
+    def pixels(
+        self, picture: PIL.Image.Image, plan: MediaPlan, spec: AutoSpec, retouch: Retouch | None = None
+    ) -> dict[str, torch.Tensor]:
+        return pictures.picture_pixels(retouch(picture) if retouch else picture, spec, is_frame=plan.is_frame)
 
     def view(self, pixels: dict[str, torch.Tensor], spec: AutoSpec) -> list[PIL.Image.Image]:
         return pictures.picture_view(pixels, spec)
@@ -171,26 +184,30 @@ class AutoFamily:
             types[row, width - prompt.num_tokens :] = _token_types(prompt)
         return {"mm_token_type_ids": types}
 
-    def why_not_packed(self, folder: ModelFolder) -> str | None:
-        model_type = self.config(folder).model_type
+    def why_not_packed(self, config: PretrainedConfig) -> str | None:
+        model_type = config.model_type
         return None if model_type in _PACKS else f"packing is not proven for the architecture {model_type!r}"
 
-    def shared_length(self, folder: ModelFolder) -> int | None:
-        text = self.config(folder).get_text_config()
-        rope = text.rope_parameters or {}
-        if rope.get("rope_type") not in ("dynamic", "longrope"):
-            return None
-        # transformers takes the frequencies from the longest row of the batch once it is beyond this length.
-        return int(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
+    def shared_length(self, config: PretrainedConfig) -> int | None:
+        return native.shared_length(config)
 
-    def lawful_zeros(self, folder: ModelFolder) -> str | None:
-        config = self.config(folder)
+    def lawful_zeros(self, config: PretrainedConfig) -> str | None:
         if config.model_type != "llava" or not isinstance(config.vision_feature_layer, int):
             return None
         layers = config.vision_config.num_hidden_layers
         last_used = config.vision_feature_layer % (layers + 1)  # 0 is the embedding, n the output of layer n
         behind = "|".join(str(layer) for layer in range(last_used, layers)) or "none"
         return rf"model\.vision_tower\..*(layers\.({behind})\..*|post_layernorm\..*|\bhead\..*)"
+
+
+def _picture_settings(folder: ModelFolder, options: ImageOptions) -> Mapping[str, Any]:
+    """What preprocessor_config.json must say so that others cut pictures as `options` do; {} without options."""
+    changed = pictures.overrides(_image_processor(folder, ImageOptions()), options)
+    if "size" not in changed or "shortest_edge" not in changed["size"]:
+        return changed
+    # Older folders say the same thing under these names, and they would win over `size`.
+    edges = changed["size"]
+    return {**changed, "min_pixels": edges["shortest_edge"], "max_pixels": edges["longest_edge"]}
 
 
 def _class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -258,16 +275,6 @@ def _processor(
     if "video_processor" in slots:
         parts["video_processor"] = compat.NullVideoProcessor()
     return compat.construct_processor(processor_class, **parts)
-
-
-def _template(folder: ModelFolder) -> str | None:
-    jinja = folder.path / "chat_template.jinja"
-    if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
-    legacy = folder.path / "chat_template.json"
-    if legacy.exists():
-        return str(json.loads(legacy.read_text(encoding="utf-8"))["chat_template"])
-    return None
 
 
 def _axes(

@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerBase
 
 from vlmtune.models.family import ChatFormat
 
-# Contents are strings, or lists of {"type": "text"} and {"type": "image"}. The processor replaces IMAGE by the marks and
-# the ids of a picture.
+# Contents are strings, or lists of {"type": "text"} and {"type": "image"}. The processor replaces IMAGE by the marks of
+# a picture and its ids.
 _TEMPLATE = """\
 {%- macro words(content, first, last) -%}
 {%- if TRIMS and first and last -%}{{ content | trim }}

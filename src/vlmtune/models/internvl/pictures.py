@@ -19,9 +19,9 @@ import torch
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from vlmtune.config.schema import ImageOptions
-from vlmtune.data.sample import MediaPlan, Size
+from vlmtune.data.sample import MediaPlan, Retouch, Size
 from vlmtune.errors import ConfigError, WeightsError
-from vlmtune.models.pixels import Retouch, Tones, Triple, grid_tiles, make_tones, seen_tiles
+from vlmtune.models.pixels import Tones, Triple, grid_tiles, make_tones, seen_tiles
 
 # ImageNet's, as in the official training code and its demos; preprocessor_config.json of an official folder is not read
 # there, and neither here.

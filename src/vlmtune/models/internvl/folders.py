@@ -1,0 +1,119 @@
+"""What an InternVL folder holds beside its weights, and how a folder of the other layout is furnished.
+
+Three kinds of folder say official things: an official one; a checkpoint of a run that began from one (native weights,
+but `official.json` and the official tokenizer beside them, so that it goes on as the run did); and a native export of
+one, which keeps the official files in `official/` for the way back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerFast
+
+from vlmtune.config.schema import ImageOptions
+from vlmtune.errors import ExportError
+from vlmtune.files import read_json, write_json
+from vlmtune.models import native
+from vlmtune.models.family import NATIVE, ModelFolder, OpenedFolder
+from vlmtune.models.internvl import pictures, tokenizer
+from vlmtune.models.internvl.config import is_official, official_of
+
+RECORD = "official.json"
+"""config.json of the official folder that a native checkpoint began from."""
+KEPT = "official"
+"""Folder with the small files of the official folder that a native export was made from."""
+_CODE = ("*.py",)
+
+
+def conventions(folder: ModelFolder) -> ModelFolder | None:
+    """The folder under its official config.json where prompts and pictures are the official ones, else None."""
+    if is_official(folder.config):
+        return folder
+    record = folder.path / RECORD
+    return ModelFolder(folder.path, read_json(record)) if record.is_file() else None
+
+
+def official_config(folder: ModelFolder) -> Mapping[str, Any]:
+    """The official config.json of this model: its own, the one that was kept, or one made from the native one."""
+    found = conventions(folder)
+    if found is not None:
+        return found.config
+    kept = folder.path / KEPT / "config.json"
+    return read_json(kept) if kept.is_file() else official_of(folder.config)
+
+
+def companions(folder: ModelFolder) -> Mapping[str, bytes]:
+    """What a native checkpoint needs beside the usual files: the official config.json, and code to be handed on."""
+    found = conventions(folder)
+    if found is None:
+        return {}
+    record = json.dumps(found.config, indent=2, ensure_ascii=False).encode()
+    return {RECORD: record, **{file.name: file.read_bytes() for file in sorted(folder.path.glob(_CODE[0]))}}
+
+
+def write_files(opened: OpenedFolder, layout: str, out: Path) -> list[str]:
+    """Everything beside the weights of a folder of `layout`; see `Family.write_files`."""
+    found = conventions(opened.folder)
+    if layout != NATIVE:
+        return _write_official(opened, found, out)
+    if found is not None:
+        return _write_native(opened, found, out)
+    native.copy_files(opened.folder.path, out)
+    if (opened.folder.path / KEPT).is_dir():
+        _keep(opened.folder.path / KEPT, out)
+    if opened.media.image != ImageOptions():
+        file = out / "preprocessor_config.json"
+        write_json(file, {**read_json(file), **pictures.picture_settings(opened.spec)})
+    return []
+
+
+def _write_official(opened: OpenedFolder, found: ModelFolder | None, out: Path) -> list[str]:
+    folder = opened.folder.path
+    kept = folder if found is not None else folder / KEPT
+    notes = []
+    if kept.is_dir():
+        native.copy_files(kept, out, more=_CODE)
+    else:
+        native.copy_files(folder, out)
+        notes.append(
+            "the base has no official Python files; official code must be copied from a model repository, while vLLM "
+            "and LMDeploy bring their own"
+        )
+    for name in ("processor_config.json", "chat_template.jinja"):
+        if found is None and not (kept / name).is_file():
+            (out / name).unlink(missing_ok=True)  # transformers' own, which no official folder has
+    config = {**official_config(opened.folder), **pictures.official_settings(opened.spec)}
+    config.update({name: 0 for name in ("use_backbone_lora", "use_llm_lora") if name in config})
+    write_json(out / "config.json", config)
+    return notes
+
+
+def _write_native(opened: OpenedFolder, found: ModelFolder, out: Path) -> list[str]:
+    if found.config.get("ps_version", "v1") == "v1":
+        raise ExportError(
+            "the model has ps_version v1, for which transformers' InternVL class has no word",
+            where=str(opened.folder.path),
+            remedy="Export it with --layout official.",
+        )
+    native.copy_licences(opened.folder.path, out)
+    opened.config.save_pretrained(out)
+    fast = cast(PreTrainedTokenizerFast, opened.tokenizer)
+    tokenizer.write_native(fast, opened.chat, out)
+    write_json(out / "preprocessor_config.json", pictures.picture_settings(opened.spec))
+    processor = {"processor_class": "InternVLProcessor", "image_seq_length": opened.spec.tokens_per_tile}
+    write_json(out / "processor_config.json", processor)
+    _keep(opened.folder.path, out, config=found.config)
+    return [f"transformers' InternVLProcessor: {gap}" for gap in pictures.native_gaps(opened.spec)]
+
+
+def _keep(source: Path, out: Path, config: Mapping[str, Any] | None = None) -> None:
+    """Copies the small official files into `official/`, for an export back."""
+    kept = out / KEPT
+    kept.mkdir()
+    native.copy_files(source, kept, more=_CODE)
+    if config is not None:
+        write_json(kept / "config.json", config)

@@ -1,0 +1,91 @@
+"""What every folder in transformers' own layout says in the same way, whatever the family."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from vlmtune.errors import WeightsError
+from vlmtune.models.family import ModelFolder
+
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+COPIED = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja",
+    "chat_template.json", *_LICENCES,
+)  # fmt: skip
+"""What is taken over from a model folder; weights, code, training state and other people's READMEs are not."""
+
+
+def open_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
+    """Raises:
+    WeightsError: the tokenizer has no fast form.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise WeightsError(
+            f"the tokenizer {type(tokenizer).__name__} has no fast form",
+            where=str(folder.path),
+            expected="a tokenizer.json",
+            remedy="Convert it once with transformers and save it into the folder.",
+        )
+    return tokenizer
+
+
+def read_template(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja chat template of a folder.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    jinja, legacy = folder.path / "chat_template.jinja", folder.path / "chat_template.json"
+    if jinja.exists():
+        return jinja.read_text(encoding="utf-8")
+    if legacy.exists():
+        return str(json.loads(legacy.read_text(encoding="utf-8"))["chat_template"])
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    raise WeightsError(
+        "the folder has no chat template",
+        where=str(folder.path),
+        expected="chat_template.jinja",
+        remedy="Without it the prompt that the model was trained with is unknown. Use the instruction-tuned "
+        "checkpoint, or write the template into the folder.",
+    )
+
+
+def shared_length(config: PretrainedConfig) -> int | None:
+    """Most tokens that a row may have to share a pack or a padded batch with others; None if any may.
+
+    Where RoPE depends on the length, transformers takes the frequencies from the longest row of the batch once it is
+    beyond this length.
+    """
+    text = config.get_text_config()
+    rope = text.rope_parameters or {}
+    if rope.get("rope_type") not in ("dynamic", "longrope"):
+        return None
+    return int(rope.get("original_max_position_embeddings") or text.max_position_embeddings)
+
+
+def copy_files(source: Path, out: Path, *, more: Sequence[str] = ()) -> list[str]:
+    """Copy the small files of a folder (`COPIED`, and the patterns `more`) into `out`, byte for byte; their names."""
+    return _copy(source, out, (*COPIED, *more))
+
+
+def copy_licences(source: Path, out: Path) -> list[str]:
+    """Copy what says how a model may be used."""
+    return _copy(source, out, _LICENCES)
+
+
+def _copy(source: Path, out: Path, patterns: Sequence[str]) -> list[str]:
+    files = [file for file in sorted(source.iterdir()) if file.is_file()]
+    copied = [file.name for file in files if any(fnmatch(file.name, pattern) for pattern in patterns)]
+    for name in copied:
+        shutil.copyfile(source / name, out / name)
+    return copied

@@ -1,0 +1,98 @@
+"""What may happen to a tensor on its way from a file to the model: operations with exact inverses.
+
+All of them rearrange numbers and never change one, so that a tensor comes back bit by bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+Shape = tuple[int, ...]
+
+
+class Op(Protocol):
+    """`split` takes the tensor of a file apart into parameters; `join` is its inverse."""
+
+    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]: ...
+
+    def join(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor: ...
+
+    def shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """Shapes of the parts of a tensor of shape `whole`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """One tensor, one parameter, as it is."""
+
+    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (tensor,)
+
+    def join(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        (only,) = parts
+        return only
+
+    def shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        return (whole,)
+
+
+KEEP = Keep()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """`count` equal parts stacked along dimension 0, such as a ViT's qkv (3·d, d)."""
+
+    count: int
+
+    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(part.contiguous() for part in tensor.chunk(self.count))
+
+    def join(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        import torch
+
+        return torch.cat(parts)
+
+    def shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        return ((whole[0] // self.count, *whole[1:]),) * self.count
+
+
+@dataclass(frozen=True, slots=True)
+class SplitGQA:
+    """InternLM2's wqkv: per group of key heads its query heads, then one key head and one value head.
+
+    whole (groups · (queries + 2) · head_dim, …) -> query (groups · queries · head_dim, …), key and value
+    (groups · head_dim, …). Source: the layout ``(h gs d)`` in OpenGVLab's modeling_internlm2.py, gs = 2 + queries.
+    """
+
+    groups: int
+    queries: int
+    head_dim: int
+
+    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rest = tensor.shape[1:]
+        heads = tensor.reshape(self.groups, self.queries + 2, self.head_dim, *rest)
+        parts = (heads[:, : self.queries], heads[:, self.queries], heads[:, self.queries + 1])
+        return tuple(part.reshape(-1, *rest).contiguous() for part in parts)
+
+    def join(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        import torch
+
+        query, key, value = parts
+        rest = query.shape[1:]
+        heads = [
+            query.reshape(self.groups, self.queries, self.head_dim, *rest),
+            key.reshape(self.groups, 1, self.head_dim, *rest),
+            value.reshape(self.groups, 1, self.head_dim, *rest),
+        ]
+        return torch.cat(heads, dim=1).reshape(-1, *rest)
+
+    def shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        query = (self.groups * self.queries * self.head_dim, *whole[1:])
+        key = (self.groups * self.head_dim, *whole[1:])
+        return query, key, key
