@@ -31,6 +31,9 @@ HINTS: dict[str, Hint] = {
     "min_num": Hint("model.image.min_tiles"),
     "image_max_pixels": Hint("model.image.max_pixels"),
     "image_min_pixels": Hint("model.image.min_pixels"),
+    "force_image_size": Hint("model.image.size"),
+    "use_thumbnail": Hint("model.image.thumbnail"),
+    "pad2square": Hint("model.image.fit", "pad_square, with max_tiles: 1"),
     "dynamic_image_size": Hint("model.image.max_tiles", "max_tiles: 1 switches tiling off"),
     "trust_remote_code": Hint(None, "code from a model folder is never run"),
     # tuning
@@ -119,7 +122,6 @@ HINTS: dict[str, Hint] = {
     "use_packed_ds": Hint("data.packing"),
     "pack_to_max_length": Hint("data.packing"),
     "sample_packing": Hint("data.packing"),
-    "group_by_length": Hint(None, f"grouping by length {_ALWAYS} where rows are padded"),
     "dataloader_num_workers": Hint("data.workers"),
     "num_workers": Hint("data.workers"),
     # train

@@ -15,7 +15,8 @@ class Read(Section):
     image: ImageOptions | None = None
     """How pictures of this source are cut, where it differs from `model.image`."""
     data_augment: bool = False
-    """Save each picture as a JPEG of a random quality from 75 to 100 before it is cut (seeded), as InternVL does."""
+    """Show pictures as JPEGs of a random quality from 75 to 100 (seeded), as InternVL's loader does: there each tile
+    has a quality of its own; other models' pictures are saved before they are cut."""
     replace_prefix: dict[Annotated[str, Field(min_length=1)], str] = {}
     """Beginnings of media paths and what to read instead: `{/data/old/: images/}`, a folder beside the YAML, which may
     then be read (in a tar: a folder of its members); empty text leaves a path that starts from `root`."""
@@ -25,6 +26,9 @@ class Read(Section):
     columns: dict[str, Annotated[str, Field(min_length=1)]] = {}
     """Names that vlmtune knows (`question`, `answer`, `image`, `messages`, …) and the rows' own names for them:
     `{answer: label, image: photo}`; `meta.label` is the key `label` of the object `meta`."""
+    unmarked_media: Literal["refuse", "front"] = "refuse"
+    """What happens to a conversation that lists media and has no mark for any: refuse it, or put them in front of the
+    first question, a newline behind each, as InternVL's loader does with a lone picture."""
     lone_turns: Literal["refuse", "drop"] = "refuse"
     """What happens to a row that begins with an answer or ends with a question: refuse it, or leave these turns out."""
 

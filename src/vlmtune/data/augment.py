@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 import PIL.Image
 
+from vlmtune.data.sample import Retouch
+
 _WORST, _BEST = 75, 100
 
 
-def jpeg_quality(seed: int, row: int, step: int) -> int:
-    """A quality from 75 to 100, each as likely: the same for the same three numbers, on any rank and after a restart.
+@dataclass(frozen=True, slots=True)
+class JpegNoise:
+    """Saves pictures as JPEGs of a quality from 75 to 100, each as likely (InternVL's official training transform).
 
-    The official InternVL loader draws one for every tile from the process's own generator; here a row has one.
+    There, each tile draws from the process's own generator. Here the draws for medium i of a row are a function of the
+    run's seed, the row, the step and i: the same on any rank and after a restart. A family that cuts tiles asks once
+    per tile, in their order; any other once per picture.
     """
-    return int(np.random.default_rng((seed, row, step)).integers(_WORST, _BEST + 1))
+
+    seed: int
+    row: int
+    step: int
+
+    def __call__(self, medium: int) -> Retouch:
+        random = np.random.default_rng((self.seed, self.row, self.step, medium))
+        return lambda picture: as_jpeg(picture, int(random.integers(_WORST, _BEST + 1)))
 
 
 def as_jpeg(picture: PIL.Image.Image, quality: int) -> PIL.Image.Image:

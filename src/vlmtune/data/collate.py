@@ -10,7 +10,6 @@ import numpy as np
 import PIL.Image
 import torch
 
-from vlmtune.data.augment import as_jpeg
 from vlmtune.data.encode import with_origin
 from vlmtune.data.media.video import open_pictures
 from vlmtune.data.sample import IGNORED, Batch, Encoded
@@ -89,15 +88,15 @@ def row_pixels(sample: Encoded, opened: OpenedFolder) -> list[Pixels]:
     pixels = []
     try:
         with closing(open_pictures([ref for ref, _ in sample.media], opened.media)) as pictures:
-            for picture, (ref, plan) in zip(pictures, sample.media, strict=True):
+            for number, (picture, (ref, plan)) in enumerate(zip(pictures, sample.media, strict=True)):
                 if picture.size != plan.size:
                     raise DataError(
                         f"{ref.path} is {picture.width}×{picture.height} now, but its header said "
                         f"{plan.size[0]}×{plan.size[1]} when the row was planned",
                         remedy="Do not change the data during a run.",
                     )
-                seen = picture if sample.jpeg_quality is None else as_jpeg(picture, sample.jpeg_quality)
-                pixels.append(opened.family.pixels(seen, plan, sample.spec))
+                retouch = sample.retouch(number) if sample.retouch else None
+                pixels.append(opened.family.pixels(picture, plan, sample.spec, retouch))
     except DataError as error:
         raise with_origin(error, sample.origin) from error
     return pixels

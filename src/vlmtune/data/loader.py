@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch.utils.data import Dataset, get_worker_info
 
-from vlmtune.data.augment import jpeg_quality
+from vlmtune.data.augment import JpegNoise
 from vlmtune.data.collate import collate
 from vlmtune.data.plan.packing import Plan
 from vlmtune.data.prepared.access import PreparedRows
@@ -105,7 +105,7 @@ class MicroBatches(Dataset[Batch | Failed]):
     def _augmented(self, encoded: Encoded, row: int, step: int) -> Encoded:
         if not self.augmented[self.rows.corpus.source_of(row)]:
             return encoded
-        return replace(encoded, jpeg_quality=jpeg_quality(self.seed, row, step))
+        return replace(encoded, retouch=JpegNoise(self.seed, row, step))
 
     def _nothing(self) -> Encoded:
         """The smallest row, without anything to learn: it lets a rank without rows take part in the step."""

@@ -6,17 +6,20 @@ Sizes of pictures are ``(width, height)`` in pixels, sizes of tensors ``(H, W)``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 if TYPE_CHECKING:
+    import PIL.Image
     import torch
 
 Role = Literal["system", "user", "assistant"]
 BoxUnit = Literal["pixels", "thousand", "unit"]
 Size = tuple[int, int]  # (width, height)
+Retouch = Callable[["PIL.Image.Image"], "PIL.Image.Image"]  # a change to an RGB picture that keeps its size
 IGNORED = -100  # label of a position that is not trained (torch.nn.functional.cross_entropy's default)
 
 
@@ -182,8 +185,8 @@ class Encoded:
     origin: str
     spec: Any = None
     """The family's picture settings that the media were planned with; a source may have its own."""
-    jpeg_quality: int | None = None
-    """Re-encode each picture at this quality before it is cut (`data_augment`); None leaves it as it is."""
+    retouch: Callable[[int], Retouch] | None = None
+    """What is done to the pictures of medium i of the row (`data_augment`); None leaves them as they are."""
 
     @property
     def num_tokens(self) -> int:

@@ -24,6 +24,7 @@ _DECIDING = (
     "chat_template.json",
     "config.json",
     "merges.txt",
+    "official.json",
     "preprocessor_config.json",
     "processor_config.json",
     "special_tokens_map.json",
@@ -37,7 +38,8 @@ _DECIDING = (
 
 def key_of(source: Source, opened: OpenedFolder) -> str:
     """16 hexadecimal digits: the rows, how they are read, and how the model folder lays them down."""
-    options = source.options.model_dump(mode="json", include={"prompt", "columns", "replace_prefix", "lone_turns"})
+    how = {"prompt", "columns", "replace_prefix", "unmarked_media", "lone_turns"}
+    options = source.options.model_dump(mode="json", include=how)
     parts = {
         "encoding": ENCODING,
         "rows": [source.rows.digest, len(source)],

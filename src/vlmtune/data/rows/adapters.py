@@ -29,7 +29,7 @@ def to_sample(row: object, *, origin: str, locate: Locate, options: Read = _PLAI
     """The sample that a row says.
 
     Args:
-        options: of the row's source: `columns`, `prompt` and `lone_turns` are used.
+        options: of the row's source: `columns`, `prompt`, `unmarked_media` and `lone_turns` are used.
 
     Raises:
         DataError: with `origin` as its place: missing keys, wrong types, unknown or misplaced roles, marks that do not
@@ -42,7 +42,8 @@ def to_sample(row: object, *, origin: str, locate: Locate, options: Read = _PLAI
         _refuse_unsupported(row)
         dialogue = dialogue_of(row, options.prompt)
         turns = _paired(dialogue.turns) if options.lone_turns == "drop" else dialogue.turns
-        messages = _messages(turns, Media(row, locate), in_front=dialogue.media_in_front)
+        in_front = dialogue.media_in_front or options.unmarked_media == "front"
+        messages = _messages(turns, Media(row, locate), in_front=in_front)
     except DataError as error:
         error.where = error.where or origin
         raise

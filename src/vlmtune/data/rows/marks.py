@@ -139,6 +139,8 @@ class Media:
         else:
             thing = "picture" if kind == "image" else "video"
             remedy = f"Put {tag} into a user turn where each {thing} belongs, or remove a path."
+            if not any(self._marks.values()):
+                remedy += " `unmarked_media: front` at the source puts media without marks in front of the question."
         if self._marks_in_answers:
             remedy += f" (The {self._marks_in_answers} in the answers count as text.)"
         raise DataError(f"{marks} {tag} mark{_s(marks)} but {listed} {kind}{_s(listed)}", remedy=remedy)

@@ -12,8 +12,11 @@ from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text
 from vlmtune.errors import DataError
 
 
-def read(row: object) -> Sample:
-    return to_sample(row, origin="coco.jsonl:124", locate=lambda name: MediaRef(path=f"/root/{name}"))
+def read(row: object, **options: Any) -> Sample:
+    def locate(name: str) -> MediaRef:
+        return MediaRef(path=f"/root/{name}")
+
+    return to_sample(row, origin="coco.jsonl:124", locate=locate, options=Read(**options))
 
 
 def image(name: str) -> Image:
@@ -94,6 +97,17 @@ def test_a_mark_in_an_answer_or_system_text_is_text() -> None:
     assert sample.images == () and sample.messages[2].text == "use the <image> tag"
     text = reason(llava("q", "the <image> tag", image="a"))
     assert text.startswith("0 <image> marks but 1 image. Put <image>") and "1 in the answers count as text" in text
+
+
+def test_media_without_marks_in_front_of_the_first_question() -> None:
+    row = llava("one", "1", "two", "2", images=["a", "b"])
+    assert "`unmarked_media: front`" in reason(row)
+    first, _, second, _ = read(row, unmarked_media="front").messages
+    assert first.parts == (image("a"), Text("\n"), image("b"), Text("\none")) and second.parts == (Text("two"),)
+    marked = llava("<image> one", "1", "two", "2", image="a")
+    assert read(marked, unmarked_media="front") == read(marked)
+    with pytest.raises(DataError, match=r"1 <image> mark but 2 images"):
+        read(llava("<image> one", "1", images=["a", "b"]), unmarked_media="front")
 
 
 def test_ids_and_unknown_keys() -> None:
