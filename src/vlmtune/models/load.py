@@ -130,9 +130,9 @@ def _box_format(folder: ModelFolder, family: Family, spec: Any, media: MediaOpti
     return chosen
 
 
-def _attention(opened: OpenedFolder, name: str) -> str | dict[str, str]:
+def _attention(name: str, *, packs: bool) -> str | dict[str, str]:
     """Packed attention for the language model where the family packs, else what was asked for."""
-    if name != "sdpa" or opened.why_not_packed is not None:
+    if name != "sdpa" or not packs:
         return name
     return {"": "sdpa", "text_config": PACKED, "vision_config": "sdpa"}
 
@@ -155,31 +155,55 @@ def load_model(
     Raises:
         WeightsError: files that cannot be read; a missing, unexpected or mis-shaped key, by name.
     """
-    folder = opened.folder
+    return load_weights(
+        opened.folder,
+        opened.family,
+        opened.config,
+        opened.table,
+        dtype=dtype,
+        attn_implementation=_attention(attention, packs=opened.why_not_packed is None),
+        quantization_config=quantisation,
+        device_map=None if device is None else {"": device},
+    )
+
+
+def load_weights(
+    folder: ModelFolder,
+    family: Family,
+    config: PretrainedConfig,
+    table: WeightTable | None,
+    *,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """The model of a folder from its parts, for those who have no tokenizer: see `load_model`.
+
+    Args:
+        table: the layout that the tensors are in; None for transformers' own.
+        options: of transformers' `from_pretrained`.
+    """
     try:
-        with _reading(opened.config, opened.table):
-            loaded: Any = opened.family.model_class(folder).from_pretrained(
+        with _reading(config, table):
+            loaded: Any = family.model_class(folder).from_pretrained(
                 folder.path,
-                config=copy.deepcopy(opened.config),
+                config=copy.deepcopy(config),
                 dtype=dtype if dtype is not None else "auto",
-                attn_implementation=_attention(opened, attention),
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # reported below, by name, with the other complaints
                 output_loading_info=True,
                 trust_remote_code=False,
-                quantization_config=quantisation,
-                device_map=None if device is None else {"": device},
+                **options,
             )
     except (OSError, SafetensorError) as error:
         raise strict.unreadable(error, folder.path) from error
     model, info = loaded
     strict.check_loading(info, where=str(folder.path))
-    if opened.table is not None:
-        compat.restore_conversions(model)
-    else:
+    if table is None:
         compat.forget_unused_conversions(model)
+    else:
+        compat.restore_conversions(model)
     compat.forget_longest_row(model)
-    opened.family.install(model)
+    family.install(model)
     return cast(PreTrainedModel, model)
 
 
