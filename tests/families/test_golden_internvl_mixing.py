@@ -25,11 +25,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import golden
 import numpy as np
 import pytest
 from plans import plan_of
 
-from tests import golden
 from vlmtune.config.schema import SourceConfig, XTunerLists
 from vlmtune.data.plan.mixture import Mixture, make_mixture
 from vlmtune.data.plan.train_plan import TrainPlan

@@ -8,12 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import golden
 import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import golden
 from vlmtune.config.schema import ImageOptions, MediaOptions
 from vlmtune.data.media.pictures import open_image, size
 from vlmtune.data.sample import MediaRef
