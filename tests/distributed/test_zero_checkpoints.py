@@ -10,7 +10,8 @@ from ranks import on_two_ranks
 from safetensors.torch import load_file
 
 from vlmtune.errors import WeightsError
-from vlmtune.weights.foreign.zero import find, read_zero
+from vlmtune.weights.foreign.recognise import rank_folder
+from vlmtune.weights.foreign.zero import read_zero
 
 ENTRY = Path(__file__).with_name("zero_entry.py")
 CASES = {
@@ -48,8 +49,8 @@ def test_equals_what_deepspeed_gathers(written: Path, name: str) -> None:
 
 
 def test_latest_names_the_folder(written: Path) -> None:
-    assert find(written) == written / list(CASES)[-1]
-    assert find(written / "zero2") == written / "zero2"
+    assert rank_folder(written) == written / list(CASES)[-1]
+    assert rank_folder(written / "zero2") == written / "zero2"
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])

@@ -15,11 +15,15 @@ EXAMPLES = """
 vlmtune export runs/ui -o exported/ui
 vlmtune export runs/ui -o exported/ui-16bit --dtype bfloat16 --checkpoint last
 vlmtune export adapters/ui -o exported/ui --base models/InternVL2-1B
+vlmtune export work_dirs/iter_500.pth -o exported/ui --base models/InternVL2-8B --layout official
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL_OR_RUN", help="a run folder, a checkpoint, an adapter, or a model")
+    parser.add_argument(
+        "model", metavar="MODEL_OR_RUN", help="a run folder, a checkpoint, an adapter, or a model; or what another "
+        "trainer wrote: iter_N.pth of XTuner, a DeepSpeed folder, or the folders of InternVL's official trainer",
+    )  # fmt: skip
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty folder")
     parser.add_argument(
         "--layout", metavar="NAME", help="how the weights are named: native (transformers') or official (the publisher's, "
@@ -31,7 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of the weights (as they are: of the base, after full tuning of the checkpoint)",
     )
-    parser.add_argument("--base", metavar="DIR", help="the model under an adapter, if it has moved")
+    parser.add_argument(
+        "--base", metavar="DIR",
+        help="the model under an adapter, if it has moved, or under another trainer's checkpoint",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lora-alpha", metavar="N", type=float, help="of another trainer's LoRA, if its checkpoint does not hold it"
+    )
+    parser.add_argument(
+        "--second-adapter", metavar="DIR",
+        help="the other of two adapters that InternVL's official code saved apart (language and vision)",
+    )  # fmt: skip
     parser.add_argument(
         "--verify", choices=("full", "none"), default="full",
         help="full: compare the logits of the written folder with the trained model's, one model in memory at a time; "
@@ -55,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         verify=args.verify,
         overwrite=args.overwrite,
         device=args.device,
+        lora_alpha=args.lora_alpha,
+        second_adapter=args.second_adapter,
     )
     _print(result)
     return 0

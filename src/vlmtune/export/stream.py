@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,14 +69,18 @@ class Stream:
 
     Args:
         dtype: for every floating tensor; None keeps each as it is in the base.
+        in_full: tensors of the source that are not the base's own but were trained in full.
     """
 
-    def __init__(self, source: Shards, route: Route, merge: Merge, dtype: str | None) -> None:
+    def __init__(
+        self, source: Shards, route: Route, merge: Merge, dtype: str | None, in_full: Collection[str] = ()
+    ) -> None:
         self.counts = dict.fromkeys(COUNTS, 0)
         self._source = source
         self._route = route
         self._merge = merge
         self._code = shards.dtype_code(dtype) if dtype else None
+        self._in_full = in_full
         self._last: tuple[str, torch.Tensor] | None = None
 
     def write(self, draft: Path) -> None:
@@ -117,20 +121,21 @@ class Stream:
         link = self._route.targets[name]
         if not link.parameters:
             found = self._source.read(name)
-            self._count(self._source.infos[name].dtype, wanted)
+            self._count(name, wanted)
             return _cast(found, wanted, name)
         if any(one in self._merge.merged for one in link.parameters):
             self.counts["merged"] += 1
         elif any(one in self._merge.replaced for one in link.parameters):
             self.counts["replaced"] += 1
         else:
-            self._count(self._source.infos[self._route.sources[link.parameters[0]].disk].dtype, wanted)
+            self._count(self._route.sources[link.parameters[0]].disk, wanted)
         # Merged parts come in float32 beside untouched ones; they are cast one by one, and once.
         parts = tuple(_cast(self.parameter(one), wanted, name) for one in link.parameters)
         return link.op.join(parts)
 
-    def _count(self, before: str, after: str) -> None:
-        self.counts["unchanged" if before == after else "cast"] += 1
+    def _count(self, disk: str, wanted: str) -> None:
+        kept = "unchanged" if self._source.infos[disk].dtype == wanted else "cast"
+        self.counts["replaced" if disk in self._in_full else kept] += 1
 
 
 def _joined(link: Link, parts: list[tuple[int, ...]]) -> tuple[int, ...]:

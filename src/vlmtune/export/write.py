@@ -15,6 +15,7 @@ import torch
 from vlmtune.config.schema import ImageOptions
 from vlmtune.errors import ExportError, UsageError
 from vlmtune.export import card, files, gap, verify
+from vlmtune.export.foreign import Laid, laid_out
 from vlmtune.export.gap import Gap
 from vlmtune.export.merge import NOTHING, NotStreamable, plan_merge
 from vlmtune.export.stream import Stream, plan_route
@@ -81,11 +82,14 @@ def export(
     verify: Verify = "full",
     overwrite: bool = False,
     device: str | None = None,
+    lora_alpha: float | None = None,
+    second_adapter: str | Path | None = None,
 ) -> ExportResult:
     """Write a plain transformers folder of a trained model.
 
     Args:
-        path: a run folder, a checkpoint, an adapter, or a model folder.
+        path: a run folder, a checkpoint, an adapter, or a model folder; or what another trainer wrote, see
+            `weights.foreign`.
         out: must not exist or be empty; its parent is where the folder is written first.
         layout: how the weights are named and packed: ``native`` is transformers' own, ``official`` the model's
             publisher's; that of the base folder if left out.
@@ -95,23 +99,27 @@ def export(
         verify: ``full`` compares the logits of the written folder with the trained model's; ``none`` does not.
         overwrite: replace `out` if it is an earlier export.
         device: where the comparison runs; a GPU when there is one, if left out.
+        lora_alpha: of another trainer's LoRA, where its checkpoint does not hold it.
+        second_adapter: the other one of two adapters that the official code saved apart (language and vision).
 
     Raises:
         UsageError: an output folder in use, an unknown layout.
         WeightsError: weights that are missing or do not fit.
         ExportError: the written model is not the trained one, or the disk is full; nothing is left behind.
     """
-    located = locate(path, base=base, checkpoint=checkpoint)
+    located = locate(path, base=base, checkpoint=checkpoint, foreign=True)
     target = _free_target(Path(out).expanduser().absolute(), located, overwrite=overwrite)
+    second = None if second_adapter is None else Path(second_adapter).expanduser().absolute()
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
-        draft.mkdir(parents=True)
-        result = _write(located, draft, layout, dtype)
-        result.out = target
-        if verify == "full":
-            _compare(located, draft, result, device)
-        elif gap.was_quantised(located):
-            result.gap = gap.skip("--verify none")
+        with laid_out(located, target, alpha=lora_alpha, second=second) as laid:
+            draft.mkdir(parents=True)
+            result = _write(laid, draft, layout, dtype)
+            result.out, result.source, result.base = target, located.path, located.base
+            if verify == "full":
+                _compare(laid.located, draft, result, device)
+            elif gap.was_quantised(located):
+                result.gap = gap.skip("--verify none")
         _finish(located, draft, result)
         _swap(draft, target)
     except OSError as error:
@@ -141,8 +149,9 @@ def _free_target(target: Path, located: Located, *, overwrite: bool) -> Path:
     return target
 
 
-def _write(located: Located, draft: Path, layout: str | None, dtype: DtypeName | None) -> ExportResult:
+def _write(laid: Laid, draft: Path, layout: str | None, dtype: DtypeName | None) -> ExportResult:
     """Weights and files; no comparison yet."""
+    located = laid.located
     opened = open_folder(located.model_folder, located.media)
     layout = layout or opened.family.home_layout(opened.folder)
     known = (NATIVE, *opened.layouts)
@@ -151,9 +160,9 @@ def _write(located: Located, draft: Path, layout: str | None, dtype: DtypeName |
             f"no layout {layout!r} for {opened.family.name}", where="--layout", expected=" or ".join(known)
         )
     source = Shards(located.model_folder)
-    kept = _main_dtype(source)
+    kept = shards.main_dtype(source)
     # A fully tuned checkpoint holds float32 master weights; people expect what they brought.
-    name: str = dtype or (located.base is None and located.provenance.get("base_dtype")) or kept
+    name: str = dtype or laid.dtype or (located.base is None and located.provenance.get("base_dtype")) or kept
     result = ExportResult(out=draft, source=located.path, base=located.base, layout=layout, dtype=name)
     _check_space(source, name, draft)
     merge = NOTHING
@@ -163,7 +172,8 @@ def _write(located: Located, draft: Path, layout: str | None, dtype: DtypeName |
         except NotStreamable as reason:
             result.whole_model = _whole_or_refused(reason, layout, opened.layout)
     if result.whole_model is None:
-        stream = Stream(source, plan_route(opened, source, layout), merge, name if dtype or name != kept else None)
+        wanted = name if dtype or laid.dtype or name != kept else None
+        stream = Stream(source, plan_route(opened, source, layout), merge, wanted, laid.in_full)
         stream.write(draft)
         result.counts = stream.counts
     else:
@@ -231,17 +241,6 @@ def _base_name(located: Located) -> str:
 def _architecture(folder: Path) -> str:
     config = read_json(folder / "config.json")
     return str((config.get("architectures") or [config.get("model_type")])[0])
-
-
-def _main_dtype(source: Shards) -> str:
-    """The floating dtype that most numbers of the folder have."""
-    sizes: dict[str, int] = {}
-    for info in source.infos.values():
-        if info.dtype in FLOATING:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_elements
-    if not sizes:
-        raise ExportError("no floating weights in this folder", where=str(source.folder))
-    return shards.dtype_name(max(sizes, key=lambda code: sizes[code]))
 
 
 def _check_space(source: Shards, dtype: str, draft: Path) -> None:

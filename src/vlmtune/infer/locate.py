@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from vlmtune.config.hub import HUB_ID
 from vlmtune.config.schema import FORMAT_VERSION, MediaOptions
 from vlmtune.errors import UsageError, WeightsError
+from vlmtune.weights.foreign.recognise import WORDS, Kind, recognise
 
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_FILE = "run.yaml"
@@ -29,12 +30,14 @@ class Located:
     base: the model folder under an adapter; None when `path` is whole by itself.
     media: how pictures were read in training; the defaults for a folder that this program did not train.
     provenance: what training wrote about itself (base, run configuration, versions); empty likewise.
+    foreign: the kind of a checkpoint that another trainer wrote, which only an export reads; None for all others.
     """
 
     path: Path
     base: Path | None = None
     media: MediaOptions = field(default_factory=MediaOptions)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    foreign: Kind | None = None
 
     @property
     def model_folder(self) -> Path:
@@ -42,18 +45,24 @@ class Located:
         return self.base or self.path
 
 
-def locate(path: str | Path, *, base: str | Path | None = None, checkpoint: str = "best") -> Located:
+def locate(
+    path: str | Path, *, base: str | Path | None = None, checkpoint: str = "best", foreign: bool = False
+) -> Located:
     """Find the weights that `path` means.
 
     Args:
         path: a model folder, an adapter folder, or a run folder.
         base: the model folder under an adapter, when it is not where the adapter says.
         checkpoint: of a run folder: ``best`` (falls back to ``last`` when nothing was evaluated), ``last``, or a step.
+        foreign: checkpoints of other trainers are welcome.
 
     Raises:
         UsageError: no such folder, or a run folder without the checkpoint asked for.
         WeightsError: an adapter whose base is gone, or a file that cannot be read.
     """
+    kind = recognise(Path(path).expanduser().absolute())
+    if kind is not None:
+        return _foreign(Path(path).expanduser().absolute(), kind, base, welcome=foreign)
     folder = _folder(path)
     if is_run_folder(folder):
         folder = _checkpoint(folder, checkpoint)
@@ -70,6 +79,23 @@ def locate(path: str | Path, *, base: str | Path | None = None, checkpoint: str 
     elif base is not None:
         raise UsageError("--base was given, but this is a whole model, not an adapter", where=str(folder))
     return Located(path=folder, base=found, media=media, provenance=provenance)
+
+
+def _foreign(path: Path, kind: Kind, base: str | Path | None, *, welcome: bool) -> Located:
+    """A checkpoint of another trainer; what it names as its base is a path on the machine of its training."""
+    if not welcome:
+        raise UsageError(
+            f"this is {WORDS[kind]}", where=str(path), expected="a model folder, an adapter, or a run folder",
+            remedy="Make a model folder of it first: `vlmtune export PATH --base MODEL -o DIR`.",
+        )  # fmt: skip
+    if kind == "unmerged" and base is not None:
+        raise UsageError("--base was given, but this checkpoint holds the whole model", where=str(path))
+    if kind in ("pickle", "peft") and base is None:
+        raise UsageError(
+            f"this is {WORDS[kind]}, which does not hold the model that it was trained on", where=str(path),
+            remedy="Point to that model's official folder: --base DIR.",
+        )  # fmt: skip
+    return Located(path=path, base=None if base is None else _given_base(base), foreign=kind)
 
 
 def _folder(path: str | Path) -> Path:
@@ -132,15 +158,22 @@ def _base_of(folder: Path, given: str | Path | None) -> Path:
         # A relative path was written against a working folder that is not known any more; the adapter's own folder
         # is the only other place that it can mean.
         base = base.absolute() if base.is_dir() else folder / base
+    if given:
+        return _given_base(base)
     if (base / "config.json").is_file():
         return base
-    if given:
-        raise UsageError("no config.json in the folder given with --base", where=str(base), expected="a model folder")
     raise WeightsError(
         f"the base model of this adapter is not at {named}",
         where=str(folder),
         remedy="If it has moved, point to it: --base DIR (in Python: base=DIR).",
     )
+
+
+def _given_base(base: str | Path) -> Path:
+    folder = Path(base).expanduser().absolute()
+    if not (folder / "config.json").is_file():
+        raise UsageError("no config.json in the folder given with --base", where=str(folder), expected="a model folder")
+    return folder
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -124,6 +124,21 @@ class Shards:
             return file.get_tensor(name)
 
 
+def main_dtype(source: Shards) -> str:
+    """The floating dtype that most numbers of a folder have, by torch's name.
+
+    Raises:
+        WeightsError: there are no floating weights.
+    """
+    sizes: dict[str, int] = {}
+    for info in source.infos.values():
+        if info.dtype in FLOATING:
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_elements
+    if not sizes:
+        raise WeightsError("no floating weights in this folder", where=str(source.folder))
+    return dtype_name(max(sizes, key=lambda code: sizes[code]))
+
+
 def tensor_names(folder: Path) -> list[str]:
     """The names on disk of all tensors of a model folder, from the headers."""
     return list(Shards(folder).infos)

@@ -10,7 +10,7 @@ import torch
 
 from vlmtune.errors import WeightsError
 from vlmtune.weights.foreign import pickles
-from vlmtune.weights.shards import TensorInfo, dtype_code
+from vlmtune.weights.shards import TensorInfo, dtype_code, read_header
 from vlmtune.weights.strict import listed
 
 _WRAPPED = ("state_dict", "module", "model")
@@ -71,6 +71,17 @@ def info_of(name: str, tensor: torch.Tensor) -> TensorInfo:
 
 def of_mapping(tensors: Mapping[str, torch.Tensor], place: Path) -> Tensors:
     return Tensors(place, {name: info_of(name, tensor) for name, tensor in tensors.items()}, tensors.__getitem__)
+
+
+def of_file(file: Path) -> Tensors:
+    """A safetensors file that is no model folder's, such as an adapter's."""
+    from safetensors import safe_open
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    return Tensors(file, {info.name: info for info in read_header(file)}, read)
 
 
 def read_pickle(file: Path) -> tuple[Tensors, str]:

@@ -29,8 +29,6 @@ from vlmtune.weights.foreign import pickles
 from vlmtune.weights.foreign.tensors import Tensors, config_text
 from vlmtune.weights.shards import TensorInfo, dtype_code
 
-LATEST = "latest"
-"""A file beside the folder of a step, with that folder's name."""
 _FLAT_2, _FLAT_3 = "single_partition_of_fp32_groups", "fp32_flat_groups"
 _ALIGNED_TO = 2  # numbers per rank: DeepSpeed pads each flat group of ZeRO-1 and -2 to a multiple of this × ranks
 _CLOSE, _TINY = 2.0**-6, 1e-6  # float32 weights against their 16-bit copy: bfloat16 rounds by up to 2⁻⁸ relative
@@ -50,21 +48,6 @@ class _Part:
 
 class _Unlike(Exception):
     """The float32 weights of a parameter are not its 16-bit copy: the parts were put together in a wrong order."""
-
-
-def find(path: Path) -> Path | None:
-    """The folder with the files of the ranks: `path` itself, or the one that its file `latest` names; None if none."""
-    if not path.is_dir():
-        return None
-    if any(path.glob("*_model_states.pt")):
-        return path
-    latest = path / LATEST
-    if latest.is_file():
-        name = latest.read_text(encoding="utf-8", errors="replace").strip()
-        inner = path / name
-        if name == inner.name and inner.is_dir() and any(inner.glob("*_model_states.pt")):
-            return inner
-    return None
 
 
 def read_zero(folder: Path) -> tuple[Tensors, str]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from vlmtune.errors import WeightsError
-from vlmtune.weights.foreign.zero import find, read_zero
+from vlmtune.weights.foreign.recognise import rank_folder
+from vlmtune.weights.foreign.zero import read_zero
 
 WEIGHTS = {"a": torch.arange(15.0).reshape(3, 5), "b": torch.arange(7.0) + 100, "c": torch.arange(4.0).view(2, 2) + 50}
 FROZEN = {"f": torch.arange(9.0).reshape(3, 3) - 20}
@@ -183,11 +184,11 @@ def test_foreign_contents_are_refused(tmp_path: Path) -> None:
 
 def test_latest_names_a_folder_beside_itself_only(tmp_path: Path) -> None:
     write_stage_2(tmp_path / "global_step2")
-    assert find(tmp_path) is None and find(tmp_path / "nothing") is None
+    assert rank_folder(tmp_path) is None and rank_folder(tmp_path / "nothing") is None
     for text, expected in (
         ("global_step2\n", tmp_path / "global_step2"), ("global_step3", None), ("", None),
         ("../" + tmp_path.name + "/global_step2", None), (str(tmp_path / "global_step2"), None),
     ):  # fmt: skip
         (tmp_path / "latest").write_text(text)
-        assert find(tmp_path) == expected
-    assert find(tmp_path / "global_step2") == tmp_path / "global_step2"
+        assert rank_folder(tmp_path) == expected
+    assert rank_folder(tmp_path / "global_step2") == tmp_path / "global_step2"
