@@ -209,9 +209,10 @@ def _fold(items: Sequence[_Words | _Medium]) -> None:
 
 
 def _in_block(items: Sequence[_Words | _Medium], block: tuple[str, str, str]) -> list[_Words | _Medium]:
-    """The media, which stand first, as one."""
+    """The media, which stand first, as one; white space around the text was there for their marks."""
     media = [piece for item in items if isinstance(item, _Medium) for piece in item.pieces]
-    texts = [item for item in items if isinstance(item, _Words)]
+    texts = [_Words(_strip(item.segments)) for item in items if isinstance(item, _Words)]
+    texts = [item for item in texts if item.segments]
     if not media:
         return [*texts]
     before, after, joint = block
