@@ -23,14 +23,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_folder(kind)`: the folder of a tiny random model, made once per session."""
+    """`tiny_folder(kind)`: the folder of a tiny random model, made once per session; `official-<decoder>` as well."""
+    from official_models import official_folder
     from tiny import save_tiny
 
     made: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:
         if kind not in made:
-            made[kind] = save_tiny(kind, tmp_path_factory.mktemp("models") / kind)
+            into = tmp_path_factory.mktemp("models") / kind
+            official = kind.removeprefix("official-")
+            made[kind] = save_tiny(kind, into) if official == kind else official_folder(official, into)
         return made[kind]
 
     return folder

@@ -4,32 +4,41 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from official_models import DECODERS
 from rows import conversation, varied_samples, write_picture
 from tiny import KINDS
+from transformers import AutoImageProcessor, AutoTokenizer, InternVLProcessor
 from transformers.video_utils import VideoMetadata
 from videos import numbered, write_video
 
+from vlmtune import compat
 from vlmtune.config.schema import MediaOptions, VideoOptions
 from vlmtune.data.collate import collate, prompt_batch
 from vlmtune.data.encode import encode, encode_prompt
 from vlmtune.data.sample import IGNORED, Batch, Box, Encoded, MediaRef, Message, Sample, Text, Video
-from vlmtune.models.family import OpenedFolder
+from vlmtune.export.write import export
+from vlmtune.models.family import NATIVE, OpenedFolder
 from vlmtune.models.load import load_model, open_folder
 from vlmtune.nn.stand_in import StandIn
 
 PIXELS = 10_000_000
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+OFFICIAL = tuple(f"official-{decoder}" for decoder in DECODERS)
+
+
+@pytest.fixture(scope="module", params=[*sorted(KINDS), *OFFICIAL])
 def opened(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -> OpenedFolder:
     return open_folder(tiny_folder(request.param))
 
@@ -52,7 +61,29 @@ def batch_of(rows: list[list[Encoded]], opened: OpenedFolder, *, stand_in: bool 
     return collate(rows, opened, stand_in=stand_in)
 
 
-def reference_inputs(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="module")
+def processor(opened: OpenedFolder, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Plain transformers' processor for the model: of its folder, or of its native export."""
+    if opened.family.name != "internvl":
+        return opened.spec.processor
+    folder = opened.folder.path
+    if opened.layout != NATIVE:
+        folder = tmp_path_factory.mktemp("native") / "out"
+        export(opened.folder.path, folder, layout=NATIVE, verify="none")
+    return internvl_processor(folder)
+
+
+def internvl_processor(folder: Path) -> Any:
+    return compat.construct_processor(
+        InternVLProcessor,
+        image_processor=AutoImageProcessor.from_pretrained(folder, backend="pil"),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        video_processor=compat.NullVideoProcessor(),
+        image_seq_length=json.loads((folder / "processor_config.json").read_text())["image_seq_length"],
+    )
+
+
+def reference_inputs(sample: Sample, opened: OpenedFolder, processor: Any, *, prompt: bool) -> dict[str, torch.Tensor]:
     """What plain transformers makes of the conversation: template, processor class, image processor."""
     messages, images = [], []
     for message in sample.messages:
@@ -64,13 +95,12 @@ def reference_inputs(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> d
             else:
                 content.append({"type": "text", "text": part.text})
         messages.append({"role": message.role, "content": content})
-    template = opened.tokenizer.chat_template
-    text = opened.tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
-    )
-    bos = opened.tokenizer.bos_token
-    special = not (bos and text.startswith(bos))
-    return opened.spec.processor(text=[text], images=images or None, add_special_tokens=special, return_tensors="pt")
+    tokenizer = processor.tokenizer
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    # Official loaders share the tiles of a row among its pictures; processors must be told.
+    shares = {"max_patches": opened.spec.max_tiles // len(images)} if images and opened.layout != NATIVE else {}
+    return processor(text=[text], images=images or None, add_special_tokens=special, return_tensors="pt", **shares)
 
 
 SIZES = [(1, 1), (8, 300), (28, 28), (31, 33), (32, 32), (33, 32), (40, 100), (56, 57), (64, 64), (96, 97), (100, 40),
@@ -79,13 +109,13 @@ SIZES = [(1, 1), (8, 300), (28, 28), (31, 33), (32, 32), (33, 32), (40, 100), (5
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_count_from_the_size_equals_processor_and_features(
-    opened: OpenedFolder, model: torch.nn.Module, tmp_path: Path, size: tuple[int, int]
+    opened: OpenedFolder, processor: Any, model: torch.nn.Module, tmp_path: Path, size: tuple[int, int]
 ) -> None:
     ref = write_picture(tmp_path, size)
     (plan,) = opened.family.plan([size], opened.spec)
     ids, slots = opened.family.span_ids(plan, opened.spec)
-    expected = reference_inputs(conversation(("user", [ref])), opened, prompt=False)
-    placeholders = int((expected["input_ids"] == opened.spec.placeholder_id).sum())
+    expected = reference_inputs(conversation(("user", [ref])), opened, processor, prompt=False)
+    placeholders = int((expected["input_ids"] == opened.config.image_token_id).sum())
     assert plan.num_tokens == len(ids)
     assert slots.sum() == placeholders
     pixels = opened.family.pixels(PIL.Image.open(ref.path).convert("RGB"), plan, opened.spec)
@@ -94,22 +124,22 @@ def test_count_from_the_size_equals_processor_and_features(
     assert sum(part.shape[:-1].numel() for part in features) == placeholders
 
 
-def test_ids_equal_plain_transformers(opened: OpenedFolder, samples: list[Sample]) -> None:
+def test_ids_equal_plain_transformers(opened: OpenedFolder, processor: Any, samples: list[Sample]) -> None:
     for sample in samples:
         if opened.chat.images_first and sample.origin == "a:3":
             continue  # the template joins texts around pictures with spaces of its own, see the test below
-        unmarked = _without_mark_newline(sample)
-        expected = reference_inputs(unmarked, opened, prompt=False)["input_ids"][0]
+        unmarked = _without_mark_newline(sample) if opened.chat.fold_newlines else sample
+        expected = reference_inputs(unmarked, opened, processor, prompt=False)["input_ids"][0]
         assert encode(sample, opened).input_ids.tolist() == expected.tolist(), sample.origin
         question = Sample(messages=unmarked.messages[:-1], origin=sample.origin)
-        expected = reference_inputs(question, opened, prompt=True)["input_ids"][0]
+        expected = reference_inputs(question, opened, processor, prompt=True)["input_ids"][0]
         assert encode_prompt(question, opened).input_ids.tolist() == expected.tolist()
 
 
-def test_interleaved_pictures_equal_plain_transformers(opened: OpenedFolder, tmp_path: Path) -> None:
+def test_interleaved_pictures_equal_plain_transformers(opened: OpenedFolder, processor: Any, tmp_path: Path) -> None:
     first, second = write_picture(tmp_path, (64, 64), 1), write_picture(tmp_path, (50, 70), 2)
     sample = conversation(("user", ["Left", first, "right", second, "which?"]), ("assistant", ["left"]))
-    expected = reference_inputs(sample, opened, prompt=False)["input_ids"][0]
+    expected = reference_inputs(sample, opened, processor, prompt=False)["input_ids"][0]
     assert encode(sample, opened).input_ids.tolist() == expected.tolist()
 
 
@@ -135,11 +165,11 @@ def test_trained_are_the_answers_and_their_stops(opened: OpenedFolder, samples: 
 
 
 def test_special_text_in_words_stays_text(opened: OpenedFolder, tmp_path: Path) -> None:
-    placeholder = opened.spec.processor.image_token
+    placeholder = opened.tokenizer.convert_ids_to_tokens(opened.config.image_token_id)
     stop = opened.chat.stop
     words = f"write {placeholder} and {stop} here"
     row = encode(conversation(("user", [words]), ("assistant", [words])), opened)
-    assert not np.isin(row.input_ids, [opened.spec.placeholder_id]).any()
+    assert not np.isin(row.input_ids, [opened.config.image_token_id]).any()
     assert row.spans == ()
     kept = row.labels != IGNORED
     assert opened.tokenizer.decode(row.input_ids[kept]) == opened.chat.answer_lead + words + stop
@@ -151,13 +181,13 @@ def test_spans_mark_the_placeholders(opened: OpenedFolder, samples: list[Sample]
         mask = np.zeros(row.num_tokens, dtype=bool)
         for span in row.spans:
             mask[span.start : span.start + span.length] = True
-        assert (mask == (row.input_ids == opened.spec.placeholder_id)).all()
+        assert (mask == (row.input_ids == opened.config.image_token_id)).all()
 
 
-def test_picture_inputs_equal_plain_transformers(opened: OpenedFolder, samples: list[Sample]) -> None:
+def test_picture_inputs_equal_plain_transformers(opened: OpenedFolder, processor: Any, samples: list[Sample]) -> None:
     rows = encoded(samples[:1], opened)
     inputs = batch_of([rows], opened).inputs
-    expected = reference_inputs(_without_mark_newline(samples[0]), opened, prompt=False)
+    expected = reference_inputs(_without_mark_newline(samples[0]), opened, processor, prompt=False)
     for name in ("pixel_values", "image_grid_thw", "pixel_attention_mask", "mm_token_type_ids"):
         if name in expected:
             assert torch.equal(inputs[name], expected[name]), name
@@ -327,7 +357,7 @@ def test_frames_of_a_video_count_as_features(
     assert all(plan.num_tiles == 1 for _, plan in row.media[1:]), "a frame is never cut"
     assert {(span.index, span.kind) for span in row.spans} == {(0, "image"), *((i, "video") for i in (1, 2, 3))}
     inputs = collate([[row]], three, stand_in=False).inputs
-    placeholders = int((inputs["input_ids"] == opened.spec.placeholder_id).sum())
+    placeholders = int((inputs["input_ids"] == opened.config.image_token_id).sum())
     assert placeholders == sum(span.length for span in row.spans)
     names = ("pixel_values", "image_grid_thw", "pixel_attention_mask")
     with torch.no_grad():
@@ -365,7 +395,8 @@ def test_a_video_stands_where_its_mark_stood(opened: OpenedFolder, film_ref: Med
         f"<|vision_start|>[{i}]<|vision_end|>" for i in (1, 2)
     )
     expected = {
-        "internvl": "Here [0]\n and here Frame1: [1]\nFrame2: [2]\n",
+        "internvl": "Here <img>[0]</img>\n and here Frame1: <img>[1]</img>\nFrame2: <img>[2]</img>\n",
+        "internvl_chat": "Here <img>[0]</img> and here Frame1: <img>[1]</img>\nFrame2: <img>[2]</img>\n",
         "qwen2_5_vl": qwen,
         "qwen3_vl": qwen,
         "llava": "USER: [0]\n[1]\n[2]\nHere   and here  ",
@@ -386,7 +417,8 @@ def test_frames_are_written_as_the_processor_of_transformers_writes_them(
         "internvl": {"pixel_values_videos": [np.zeros((4, 3, 32, 32))]},
         "smolvlm": {"pixel_values": np.zeros((1, 4, 3, 32, 32)), "video_metadata": [metadata]},
     }[kind]
-    written = opened.spec.processor.replace_video_token(outputs, video_idx=0)
+    processor = internvl_processor(opened.folder.path) if kind == "internvl" else opened.spec.processor
+    written = processor.replace_video_token(outputs, video_idx=0)
     expected = opened.tokenizer(written, add_special_tokens=False).input_ids
     row = encode_prompt(Sample(messages=(Message("user", (Video(film_ref), Text("Why?"))),), origin="a"), opened)
     ids = row.input_ids.tolist()
@@ -438,6 +470,7 @@ def test_a_box_in_an_answer_is_trained_and_stands_as_the_model_writes_it(opened:
     width, height = plan.resized or (0, 0)
     written = {
         "internvl": "<box>[[100, 100, 502, 500]]</box>",
+        "internvl_chat": "<box>[[100, 100, 502, 500]]</box>",
         "qwen2_5_vl": f"[{round(width * 0.1)}, {round(height * 0.1)}, {round(width * 0.502)}, {round(height * 0.5)}]",
         "qwen3_vl": "[100, 100, 502, 500]",
         "llava": "[0.10, 0.10, 0.50, 0.50]",
@@ -451,7 +484,7 @@ def test_a_box_in_an_answer_is_trained_and_stands_as_the_model_writes_it(opened:
 
 
 def test_the_size_after_the_resize_is_what_the_processor_makes(
-    opened: OpenedFolder, monkeypatch: pytest.MonkeyPatch
+    opened: OpenedFolder, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Boxes in pixels are pixels of this picture."""
     real = PIL.Image.Image.resize
@@ -466,7 +499,8 @@ def test_the_size_after_the_resize_is_what_the_processor_makes(
         made.clear()
         picture = PIL.Image.new("RGB", size)
         (plan,) = opened.family.plan([size], opened.spec)
-        opened.spec.image_processor([[picture]] if opened.spec.kind.nested else [picture], return_tensors="pt")
+        nested = opened.folder.config["model_type"] == "smolvlm"
+        processor.image_processor([[picture]] if nested else [picture], return_tensors="pt")
         if opened.folder.config["model_type"] == "llava":
             assert plan.resized is None  # the middle is cut out
         else:

@@ -53,6 +53,8 @@ _TEMPLATES: Mapping[str, _Roles] = {
     ),
     "internvl2_5": _Roles(**_IM, message=_INTERNVL_2_5, end="<|im_end|>\n"),
 }
+# As InternVLProcessor of transformers writes the frames of a video (`replace_video_token`).
+_NATIVE_FRAMES = FrameFormat(before="Frame{number}: " + START_TOKEN, joint=END_TOKEN + "\n", close=END_TOKEN + "\n")
 _ZH = "internvl_zh"
 TEMPLATES = (*_TEMPLATES, _ZH)
 _XTUNER_KNOWS = "internlm2-chat"
@@ -155,4 +157,6 @@ def native_chat(probed: ChatFormat) -> ChatFormat:
     """A format that was probed from the Jinja template of a native folder, where the processor writes the marks of a
     picture: with the marks, and with the newline beside a picture left to the text unless the template writes it."""
     before, after = probed.image
-    return replace(probed, image=(before + START_TOKEN, END_TOKEN + after), fold_newlines="\n" in after)
+    return replace(
+        probed, image=(before + START_TOKEN, END_TOKEN + after), fold_newlines="\n" in after, frames=_NATIVE_FRAMES
+    )
