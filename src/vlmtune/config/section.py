@@ -27,7 +27,8 @@ class ImageOptions(Section):
     """How pictures are cut; a field that is left out keeps the value of the model folder's preprocessor."""
 
     max_tiles: Annotated[int, Field(ge=1, le=MAX_TILES)] | None = None
-    """Most tiles a picture may be cut into (InternVL: `max_patches`; the thumbnail is not counted)."""
+    """Most tiles a picture may be cut into, the thumbnail not counted (InternVL: `max_dynamic_patch`, in a `-hf` folder
+    `max_patches`). In an official InternVL folder the pictures of a row share them."""
     min_tiles: Annotated[int, Field(ge=1, le=MAX_TILES)] | None = None
     """Fewest tiles."""
     size: Annotated[int, Field(ge=1)] | None = None

@@ -146,7 +146,7 @@ def test_a_row_names_its_origin_when_the_model_refuses_a_picture(
 def test_an_unknown_image_processor_is_asked_with_a_blank_picture(
     tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened = open_folder(tiny_folder("internvl"))
+    opened = open_folder(tiny_folder("llava"))
     sizes = [(100, 40), (33, 640), (32, 32)]
     known = opened.family.plan(sizes, opened.spec)
     monkeypatch.setattr(pictures, "KINDS", ())
@@ -159,7 +159,8 @@ def test_an_unknown_image_processor_is_asked_with_a_blank_picture(
 
 
 def test_boxes_are_written_in_the_unit_that_is_asked_for(tiny_folder: Callable[[str], Path]) -> None:
-    assert open_folder(tiny_folder("internvl")).boxes.unit == "thousand"
+    own = open_folder(tiny_folder("internvl")).boxes
+    assert (own.unit, own.template) == ("thousand", "<box>[[{x1}, {y1}, {x2}, {y2}]]</box>")
     asked = open_folder(tiny_folder("internvl"), MediaOptions(boxes="pixels")).boxes
     assert asked.unit == "pixels" and asked.template.startswith("<box>")
     with pytest.raises(ConfigError, match=r"^model\.boxes: is pixels, but this model sees only a part"):

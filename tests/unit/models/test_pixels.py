@@ -37,15 +37,15 @@ SIZES = [
 SQUARE = {"height": 32, "width": 32}
 
 FOLLOWED: dict[str, Any] = {
-    "internvl": lambda: transformers.GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True),
-    "internvl, 2 to 5 tiles": lambda: transformers.GotOcr2ImageProcessorPil(
+    "aya vision": lambda: transformers.GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True),
+    "aya vision, 2 to 5 tiles": lambda: transformers.GotOcr2ImageProcessorPil(
         size=SQUARE, crop_to_patches=True, min_patches=2, max_patches=5
     ),
-    "internvl, oblong tiles": lambda: transformers.GotOcr2ImageProcessorPil(
+    "aya vision, oblong tiles": lambda: transformers.GotOcr2ImageProcessorPil(
         size={"height": 20, "width": 44}, crop_to_patches=True
     ),
-    "internvl, whole": lambda: transformers.GotOcr2ImageProcessorPil(size=SQUARE),
-    "internvl, one tile at most": lambda: transformers.GotOcr2ImageProcessorPil(
+    "aya vision, whole": lambda: transformers.GotOcr2ImageProcessorPil(size=SQUARE),
+    "aya vision, one tile at most": lambda: transformers.GotOcr2ImageProcessorPil(
         size=SQUARE, crop_to_patches=True, max_patches=1
     ),
     "clip": lambda: transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=SQUARE),
@@ -142,7 +142,7 @@ def test_pictures_of_every_mode(tmp_path: Path, mode: str) -> None:
     file = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
     noise((70, 50)).convert(mode).save(file)
     picture = open_image(MediaRef(path=str(file)), MediaOptions(exif="apply"))
-    for name in ("internvl", "clip", "qwen", "smolvlm"):
+    for name in ("aya vision", "clip", "qwen", "smolvlm"):
         spec = spec_of(FOLLOWED[name]())
         same(picture_pixels(picture, spec), official(spec, picture))
 

@@ -1,9 +1,9 @@
 """How models write what a chat template does not say: frames of videos, and boxes; by the model_type of config.json.
 
-Frames: InternVL and SmolVLM as the processors of transformers write them (InternVLProcessor and SmolVLMProcessor,
-`replace_video_token`); every other model as several pictures in a row. Boxes: Qwen2-VL (arXiv 2409.12191, 2.2.1),
-InternVL (its fine-tuning documentation on grounding data) and Qwen3-VL count to 1000; Qwen2.5-VL (arXiv 2502.13923)
-writes pixels of the picture after its resize; LLaVA-1.5's training data has fractions with two decimals.
+Frames: SmolVLM as the processor of transformers writes them (SmolVLMProcessor, `replace_video_token`); every other
+model as several pictures in a row. Boxes: Qwen2-VL (arXiv 2409.12191, 2.2.1) and Qwen3-VL count to 1000; Qwen2.5-VL
+(arXiv 2502.13923) writes pixels of the picture after its resize; LLaVA-1.5's training data has fractions with two
+decimals.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from vlmtune.models.family import BoxFormat, FrameFormat
 
 _FRAMES: dict[str, FrameFormat] = {
-    "internvl": FrameFormat(before="Frame{number}: ", joint="\n", close="\n"),
     "smolvlm": FrameFormat(
         opening="You are provided the following series of {count} frames from a {duration} [H:MM:SS] video.\n",
         before="\nFrame from {time}:",
@@ -21,7 +20,6 @@ _FRAMES: dict[str, FrameFormat] = {
 }
 
 _BOXES: dict[str, BoxFormat] = {
-    "internvl": BoxFormat(template="<box>[[{x1}, {y1}, {x2}, {y2}]]</box>"),
     "qwen2_vl": BoxFormat(template="<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"),
     "qwen2_5_vl": BoxFormat(unit="pixels"),
     "qwen3_vl": BoxFormat(),

@@ -23,7 +23,7 @@ _SMOLVLM_LIMIT = 4096  # SmolVLM's image processor never resizes beyond this edg
 
 
 def tiled(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> Pixels | None:
-    """InternVL: the picture stretched over the grid of tiles that is most like it, and once more as a thumbnail."""
+    """Aya Vision, GOT-OCR2: the picture over the grid of tiles that is most like it, and once more as a thumbnail."""
     edges, tones = _edges(processor.size), _tones(processor)
     if edges is None or tones is None:
         return None

@@ -229,8 +229,8 @@ class AutoSpec:
         return find_kind(self.image_processor)
 
     def processor_of(self, is_frame: bool) -> Any:
-        """The image processor, for frames without the cut into tiles: one tile and no thumbnail, as InternVL and
-        SmolVLM take them."""
+        """The image processor, for frames without the cut into tiles: one tile and no thumbnail, as SmolVLM
+        takes them."""
         uncut = self.kind.uncut if self.kind and is_frame else {}
         if not uncut:
             return self.image_processor
@@ -337,5 +337,5 @@ def collate_pixels(pixels: Sequence[dict[str, torch.Tensor]], spec: AutoSpec) ->
     kind = spec.kind
     axis = kind.batch_axis if kind else 0
     joined = {name: torch.cat([picture[name] for picture in pixels], dim=axis) for name in pixels[0]}
-    joined.pop("num_patches", None)  # InternVL's forward takes the tiles alone
+    joined.pop("num_patches", None)  # the models' forward takes the tiles alone
     return joined
