@@ -7,6 +7,7 @@ that the product reads them with. `official.py` has folders with real tokenizers
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tiny import make_tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 DECODERS: Mapping[str, tuple[str, str]] = {
     "internlm2": ("InternLM2ForCausalLM", "internlm2-chat"),
@@ -189,3 +192,29 @@ def _decoder(decoder: str, vocabulary: int) -> Iterator[tuple[str, tuple[int, ..
             yield f"{at}.{name}.weight", (_WIDTH,)
     yield "language_model.model.norm.weight", (_WIDTH,)
     yield f"language_model.{'output' if own else 'lm_head'}.weight", (vocabulary, _WIDTH)
+
+
+def with_tokenizer(case: Path, into: Path) -> Path:
+    """A recorded model (golden `forward/<case>`) with a tokenizer whose special tokens have the recorded ids.
+
+    Its other tokens are single characters and numbers, so that any text has ids inside the embedding.
+    """
+    shutil.copytree(case, into, ignore=shutil.ignore_patterns("io.safetensors", "meta.json"))
+    record = json.loads((case / "meta.json").read_text(encoding="utf-8"))
+    config = json.loads((case / "config.json").read_text(encoding="utf-8"))
+    roles = record["special_token_ids"]
+    phi = config["template"] == "phi3-chat"
+    names = {"img": "<img>", "img_end": "</img>", "img_context": "<IMG_CONTEXT>"}
+    names |= {"im_start": "<|system|>" if phi else "<|im_start|>", "im_end": "<|end|>" if phi else "<|im_end|>"}
+    names |= {"user": "<|user|>" if phi else "[user]", "assistant": "<|assistant|>" if phi else "[assistant]"}
+    special = {2: "</s>", **{roles[role]: token for role, token in names.items()}}
+    characters = iter([*"\n abcdefghijklmnopqrstuvwxyz.,?", *(f"[{i}]" for i in range(1000))])
+    vocabulary = {special.get(i) or next(characters): i for i in range(config["llm_config"]["vocab_size"])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[0]"))
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=names["im_end"], pad_token="[1]")
+    tokenizer.save_pretrained(into)
+    (into / "modeling_internvl_chat.py").write_text(_BOOBY_TRAP)
+    (into / "generation_config.json").write_text(json.dumps({"eos_token_id": [roles["im_end"], 2]}))
+    return into
