@@ -10,12 +10,32 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from official_models import official_folder
 from runs import write_rows
 
 
 @pytest.fixture(scope="session")
 def model(tiny_folder: Callable[[str], Path]) -> Path:
     return tiny_folder("internvl")
+
+
+@pytest.fixture(scope="session")
+def official(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`official(decoder)`: a tiny official InternVL folder, made once per session."""
+    made: dict[str, Path] = {}
+
+    def folder(decoder: str) -> Path:
+        if decoder not in made:
+            made[decoder] = official_folder(decoder, tmp_path_factory.mktemp("official") / decoder)
+        return made[decoder]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_folder(tiny_folder: Callable[[str], Path], official: Callable[[str], Path]) -> Callable[[str], Path]:
+    """`base_folder(kind)`: a tiny transformers folder, or for ``official-DECODER`` an official InternVL one."""
+    return lambda kind: official(kind.removeprefix("official-")) if kind.startswith("official-") else tiny_folder(kind)
 
 
 @pytest.fixture(scope="session")

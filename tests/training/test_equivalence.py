@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from official_models import DECODERS, dynamic, official_folder, su
 from runs import losses, make_config
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from vlmtune.config.schema import RunConfig
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import encode
 from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.data.sample import Batch, Encoded
+from vlmtune.errors import ConfigError
 from vlmtune.models.load import load_model, open_folder
 from vlmtune.nn.stand_in import StandIn
 from vlmtune.train.loss import summed_cross_entropy
 from vlmtune.train.run import train
 from vlmtune.tuning.components import never_trains
 
-KINDS = ["internvl", "llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
+KINDS = ["internvl", "llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", *(f"official-{decoder}" for decoder in DECODERS)]
 
 
 def _trained(
@@ -39,22 +42,51 @@ def _assert_alike(first: tuple[list[float], dict[str, Any]], second: tuple[list[
         torch.testing.assert_close(tensor, second[1][name], rtol=1e-4, atol=2e-5, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["internvl", "official-internlm2"])
 @pytest.mark.parametrize("tuning", [{"method": "full"}, {"method": "lora", "rank": 4}])
 def test_accumulation_padding_and_packing_train_alike(
-    tmp_path: Path, model: Path, rows: Path, tuning: dict[str, Any]
+    tmp_path: Path, base_folder: Callable[[str], Path], rows: Path, tuning: dict[str, Any], kind: str
 ) -> None:
     """Rows of very different numbers of trained tokens: a mean of means would show at once."""
 
     def run(name: str, micro: int, packing: bool) -> tuple[list[float], dict[str, Any]]:
         # A large epsilon keeps AdamW from blowing rounding errors of tiny gradients up to whole steps.
         shape = {"global_batch_size": 8, "micro_batch_size": micro, "extra": {"adam_epsilon": 1e-3}}
-        sections: dict[str, Any] = {"train": shape, "data": {"packing": packing}, "tuning": tuning}
-        return _trained(tmp_path / name, model, rows, **sections)
+        data = {"packing": packing, "max_length": 1024}
+        return _trained(tmp_path / name, base_folder(kind), rows, train=shape, data=data, tuning=tuning)
 
     one_by_one = run("1x8", 1, False)
     _assert_alike(one_by_one, run("8x1", 8, False))
     _assert_alike(one_by_one, run("2x4", 2, False))
     _assert_alike(one_by_one, run("packed", 1, True))
+
+
+@pytest.mark.parametrize(("decoder", "scaling"), [("internlm2", dynamic), ("phi3", su)])
+def test_rows_on_both_sides_of_a_position_range_train_alike(
+    tmp_path: Path, official: Callable[[str], Path], rows: Path, decoder: str, scaling: Callable[[int], dict[str, Any]]
+) -> None:
+    """A row beyond the range would change the frequencies of those beside it. The run does not pack then, and says so;
+    padded batches of several rows are refused."""
+    opened = open_folder(official(decoder))
+    lengths = sorted(encode(sample, opened).num_tokens for sample in _samples(rows, range(12)))
+    limit = lengths[6]
+    assert lengths[0] < limit - 8 and lengths[-1] > limit + 8
+    model = official_folder(decoder, tmp_path / "model", text=scaling(limit))
+    shape = {"global_batch_size": 12, "epochs": 2, "extra": {"adam_epsilon": 1e-3}}
+
+    def config(name: str, micro: int, packing: bool) -> RunConfig:
+        data = {"packing": packing, "max_length": 1024}
+        return make_config(tmp_path / name, model, rows, train={**shape, "micro_batch_size": micro}, data=data)
+
+    said: list[str] = []
+    one_by_one = losses(train(config("1x12", 1, False)).run_dir)
+    assert losses(train(config("packed", 1, True), say=said.append).run_dir) == one_by_one
+    depends = f"its position scaling depends on the longest row of a batch beyond {limit} tokens"
+    assert said[0] == f"This model cannot pack: {depends}. Rows are padded instead."
+    with pytest.raises(ConfigError, match=f"micro_batch_size: .*{depends}"):
+        train(config("12x1", 12, False))
+    plain = train(make_config(tmp_path / "plain", official(decoder), rows, train=shape, data={"max_length": 1024}))
+    assert losses(plain.run_dir)[0][1] != pytest.approx(one_by_one[0][1], rel=1e-4)
 
 
 @pytest.mark.parametrize("tuning", [{"method": "full"}, {"method": "lora", "rank": 4, "dropout": 0.1}])
@@ -68,12 +100,12 @@ def test_activation_checkpointing_changes_nothing(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_first_loss_and_gradients_equal_the_models_own(
-    tiny_folder: Callable[[str], Path], rows: Path, kind: str
+    base_folder: Callable[[str], Path], rows: Path, kind: str
 ) -> None:
     """Packed and padded batches against transformers' own `labels=` on each row alone, in float64."""
-    opened = open_folder(tiny_folder(kind))
+    opened = open_folder(base_folder(kind))
     samples = [encode(sample, opened) for sample in _samples(rows)]
-    own, own_gradients = _own(kind, tiny_folder, samples)
+    own, own_gradients = _own(kind, base_folder, samples)
     shapes = {"padded": [[sample] for sample in samples]}
     if opened.why_not_packed is None:
         shapes["packed"] = [samples]
@@ -89,17 +121,18 @@ def test_first_loss_and_gradients_equal_the_models_own(
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6, msg=f"{name} {parameter}")
 
 
-def _samples(rows: Path) -> list[Any]:
+def _samples(rows: Path, which: Iterable[int] = (0, 1, 11)) -> list[Any]:
+    """The last of the 12 is text only."""
     from vlmtune.config.schema import SourceConfig
 
     corpus = open_corpus((SourceConfig(path=str(rows)),), allow=())
-    return [corpus.sample(i) for i in (0, 1, 11)]  # the last one is text only
+    return [corpus.sample(i) for i in which]
 
 
 def _own(
-    kind: str, tiny_folder: Callable[[str], Path], samples: list[Encoded]
+    kind: str, base_folder: Callable[[str], Path], samples: list[Encoded]
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    opened = open_folder(tiny_folder(kind))
+    opened = open_folder(base_folder(kind))
     model = load_model(opened, dtype=torch.float64)
     total = sum(sample.num_trained for sample in samples)
     whole = 0.0
@@ -128,8 +161,8 @@ def _loss(model: Any, batch: Batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stand_in_changes_neither_loss_nor_gradients(tiny_folder: Callable[[str], Path], rows: Path, kind: str) -> None:
-    opened = open_folder(tiny_folder(kind))
+def test_stand_in_changes_neither_loss_nor_gradients(base_folder: Callable[[str], Path], rows: Path, kind: str) -> None:
+    opened = open_folder(base_folder(kind))
     text_only = [encode(_samples(rows)[2], opened)]
     results = []
     for stand_in in (False, True):
