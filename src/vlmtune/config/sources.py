@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from vlmtune.config.section import ImageOptions, PathText, Section
 
@@ -31,6 +31,15 @@ class Read(Section):
     first question, a newline behind each, as InternVL's loader does with a lone picture."""
     lone_turns: Literal["refuse", "drop"] = "refuse"
     """What happens to a row that begins with an answer or ends with a question: refuse it, or leave these turns out."""
+
+    @field_validator("image")
+    @classmethod
+    def _one_size_of_tiles(cls, image: ImageOptions | None) -> ImageOptions | None:
+        if image is not None and image.size is not None:
+            raise ValueError(
+                "size is the same for all sources, as their tiles are computed together; set model.image.size"
+            )
+        return image
 
 
 MAX_REPEAT = 1_000_000  # more is a slip of the keyboard, and no memory holds the plan of such an epoch

@@ -225,6 +225,16 @@ def test_every_hint_points_at_an_option_and_hides_none() -> None:
 # --- sources ------------------------------------------------------------------------------------------------------
 
 
+def test_tiles_of_all_sources_have_one_size(mistake: Mistake) -> None:
+    text = "model: {path: m}\ndata:\n  sources: {path: a.json, image: {max_tiles: 2, size: 56}}\n"
+    assert mistake(text).startswith("run.yaml:3: data.sources.image: size is the same for all sources")
+
+
+def test_like_lengths_need_rows_that_are_padded(mistake: Mistake) -> None:
+    text = "model: {path: m}\ndata:\n  sources: {path: a.json}\n  group_by_length: true\n"
+    assert "set data.packing: false beside it" in mistake(text)
+
+
 def test_the_three_kinds_of_sources(load: Load, tmp_path: Path) -> None:
     text = """model: {path: m}
 data:

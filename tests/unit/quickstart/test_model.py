@@ -50,7 +50,7 @@ def test_vlmtune_opens_it_like_any_other(folder: Path) -> None:
     assert opened.why_not_packed is None
     assert opened.chat.stop == "<|im_end|>"
     (plan,) = opened.family.plan([(32, 32)], opened.spec)
-    assert plan.num_tiles == 1 and plan.num_tokens == 6  # four tokens of the tile, <img> and </img>
+    assert plan.num_tiles == 1 and plan.num_tokens == 4  # <img> and </img> are text of the template
 
 
 def test_seed_and_size(folder: Path, tmp_path: Path) -> None:
