@@ -135,7 +135,7 @@ def _lay_out(located: Located, parts: Parts, own: Path | None, room: Path) -> La
     # ZeRO's float32 masters are wider than the model is meant to be; a folder of weights is what it is.
     dtype = given if located.foreign == "deepspeed" and given in _DTYPES else None
     plain = replace(located, path=model, foreign=None)
-    return Laid(_under_adapter(plain, parts, model, room) if parts.lora else plain, dtype=dtype)
+    return Laid(_under_adapter(plain, replace(parts, whole={}), model, room) if parts.lora else plain, dtype=dtype)
 
 
 def _on_base(located: Located, base: Path, parts: Parts, room: Path) -> Laid:
