@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import InternVLForConditionalGeneration, LlamaConfig, LlamaForCausalLM, conversion_mapping
 
 from vlmtune import compat
+from vlmtune.models.load import open_folder
+from vlmtune.weights.loading import _Renamed, conversion_rules
 
 DEFECT = """
 import transformers
@@ -90,3 +98,50 @@ def test_4bit_layers_that_keep_their_layout_train_after_an_evaluation(width: int
     before, after = trained(layer, width), evaluated_then_trained(layer, width)
     for one, two in zip(before, after, strict=True):
         assert one is not None and two is not None and two.any() and torch.equal(one, two)
+
+
+def _official(tiny_folder: Callable[[str], Path], **options: Any) -> Any:
+    """An official folder read by our rules, as `models.load` does, but with nothing mended afterwards."""
+    opened = open_folder(tiny_folder("official-internlm2"))
+    assert opened.table is not None
+    with compat.conversion_rules("internvl", conversion_rules(opened.table)):
+        return InternVLForConditionalGeneration.from_pretrained(
+            opened.folder.path, config=copy.deepcopy(opened.config), **options
+        )
+
+
+def test_rules_for_other_layouts_can_only_be_registered(tiny_folder: Callable[[str], Path]) -> None:
+    taken = inspect.signature(InternVLForConditionalGeneration.from_pretrained).parameters
+    assert not {"weight_mapping", "weight_conversions"} & set(taken), "given directly, they need no registry"
+    before = conversion_mapping.get_checkpoint_conversion_mapping("internvl")
+    _official(tiny_folder)
+    after = conversion_mapping.get_checkpoint_conversion_mapping("internvl")
+    assert [rule.source_patterns for rule in after] == [rule.source_patterns for rule in before]
+    assert "internvl" not in conversion_mapping.USER_REGISTERED_MAPPINGS
+
+
+def test_a_model_from_other_rules_is_saved_under_their_names_unless_restored(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = _official(tiny_folder)
+    assert any(isinstance(rule, _Renamed) for rule in model._weight_conversions), "then nothing needs restoring"
+    compat.restore_conversions(model)
+    model.save_pretrained(tmp_path)
+    _, info = InternVLForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+@torch.no_grad()
+def test_dynamic_frequencies_remember_the_longest_row_unless_told_to_forget() -> None:
+    text = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 8}
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = LlamaForCausalLM(LlamaConfig(**text, **heads, rope_parameters=rope)).eval()
+    long, longer = torch.arange(1, 13)[None], torch.arange(1, 31)[None]
+    alone = model(long).logits
+    model(longer)
+    assert not torch.allclose(model(long).logits, alone), "transformers forgets by itself now"
+    compat.forget_longest_row(model)
+    model(longer)
+    assert torch.equal(model(long).logits, alone)
