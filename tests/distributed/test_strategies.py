@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from killed import start
+from official_models import official_folder
 from ranks import on_two_ranks
 from runs import eval_losses, losses, make_config, write_rows, write_yaml
 from safetensors.torch import load_file
@@ -120,6 +121,29 @@ def test_features_of_later_layers_and_several_position_axes(
     for strategy in ("zero2", "zero3"):
         for mine, theirs in zip(losses(tmp_path / strategy / "run"), losses(one), strict=True):
             assert mine[1] == pytest.approx(theirs[1], rel=1e-5)
+
+
+@pytest.mark.timeout(600)
+def test_official_folders_train_like_one_process(tmp_path: Path, rows: Path, eval_rows: Path) -> None:
+    """ZeRO-1 as the scripts of InternVL and XTuner have it; ZeRO-3, where the fused tensors of the folder are split over
+    processes; DDP with checkpointing, which waits for the tower where a micro batch has no picture."""
+    model = official_folder("internlm2", tmp_path / "model")
+    cases, runs = [], {}
+    for strategy, tuning in (("ddp", "full"), ("zero1", "lora"), ("zero3", "full")):
+        wrapper = WRAPPERS["ddp" if strategy == "ddp" else "zero2"]
+        sections = _sections(eval_rows, tuning, activation_checkpointing=strategy == "ddp")
+        sections["data"]["max_length"] = 1024
+        one = train(make_config(tmp_path / "one" / strategy, model, rows, **sections)).run_dir
+        sections["train"]["strategy"] = strategy
+        yaml = write_yaml(tmp_path / strategy, model, rows, sections)
+        cases.append({"config": str(yaml), "wrapper": wrapper, "stop_at": 3 if strategy == "zero3" else 0})
+        runs[yaml.parent / "run"] = one
+    two_processes(cases, tmp_path)
+    for run, one in runs.items():
+        for mine, theirs in zip(losses(run) + eval_losses(run), losses(one) + eval_losses(one), strict=True):
+            assert mine[1] == pytest.approx(theirs[1], rel=1e-5)
+        for name, tensor in _weights(one).items():
+            torch.testing.assert_close(_weights(run)[name], tensor, rtol=1e-3, atol=1e-4, msg=f"{run} {name}")
 
 
 def test_four_bits_with_ddp(tmp_path: Path, rows: Path, eval_rows: Path) -> None:
