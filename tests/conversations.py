@@ -144,7 +144,9 @@ class Statement:
         if turns[0][0] == "system":
             system, turns = turns[0][1], turns[1:]
         left = list(counts)
-        parts: list[tuple[str | int, bool, bool]] = []  # text or number of picture ids, written by the template, trained
+        parts: list[
+            tuple[str | int, bool, bool]
+        ] = []  # text or number of picture ids, written by the template, trained
         parts.append((self.template["system_template"].format(system_message=system) + sep, True, False))
         for role, text in turns:
             text = text.strip() if self.trims else text
@@ -166,7 +168,12 @@ class Statement:
         first, *others = text.split(MARK)
         parts: list[tuple[str | int, bool, bool]] = [(first, False, False)]
         for other in others:
-            parts += [("<img>", True, False), (left.pop(0), True, False), ("</img>", True, False), (other, False, False)]
+            parts += [
+                ("<img>", True, False),
+                (left.pop(0), True, False),
+                ("</img>", True, False),
+                (other, False, False),
+            ]
         return parts
 
     def _tokens(self, parts: Sequence[tuple[str | int, bool, bool]]) -> tuple[list[int], list[int]]:

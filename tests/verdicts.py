@@ -37,9 +37,7 @@ def report(cases: Iterable[Case], rules: Sequence[Rule[Case]]) -> str:
     """Prints and returns the table of verdicts; something must be equal."""
     found = Counter(decide(case, rules) for case in cases)
     assert found[_EQUAL], "no case is compared for equality"
-    lines = [
-        f"{rule.verdict:8} {found[rule]:4}  {rule.name}: {rule.why}" for rule in (_EQUAL, *rules) if found[rule]
-    ]
+    lines = [f"{rule.verdict:8} {found[rule]:4}  {rule.name}: {rule.why}" for rule in (_EQUAL, *rules) if found[rule]]
     table = "\n".join(lines)
     print(table)
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -156,7 +157,7 @@ def _is_unmatched(case: Case) -> bool:
 
 def _repeats(case: Case) -> bool:
     roles = [role for role, _ in case.paired]
-    return any(one == other for one, other in zip(roles, roles[1:], strict=False))
+    return any(one == other for one, other in pairwise(roles))
 
 
 def _leads(case: Case) -> int:

@@ -21,6 +21,7 @@ from vlmtune.config.sources import XTunerLists as XTunerLists
 FORMAT_VERSION = 1
 
 Component = Literal["vision", "projector", "language"]
+ChatStyle = Literal["official", "xtuner"]
 COMPONENTS: tuple[Component, ...] = ("vision", "projector", "language")
 
 
@@ -51,6 +52,8 @@ class MediaOptions(Section):
     """`model.video`."""
     boxes: Literal["thousand", "pixels", "unit"] | None = None
     """`model.boxes`."""
+    chat: ChatStyle | None = None
+    """`model.chat`."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """`data.max_image_pixels`."""
     exif: Literal["apply", "ignore"] | None = None
@@ -67,6 +70,9 @@ class ModelConfig(Section):
     boxes: Literal["thousand", "pixels", "unit"] | None = None
     """How boxes are written in the text: 0–1000 of the picture, pixels after the resize, or 0–1; the model's own
     convention when left out."""
+    chat: ChatStyle | None = None
+    """Whose prompts a model in InternVL's official layout is trained with: those of the official code, or those of
+    XTuner (another system text, and all pictures of a turn in front of its text); official when left out."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of transformers."""
 
@@ -312,6 +318,7 @@ class RunConfig(Section):
             image=self.model.image,
             video=self.model.video,
             boxes=self.model.boxes,
+            chat=self.model.chat,
             max_image_pixels=self.data.max_image_pixels,
             exif=self.data.exif,
         )

@@ -206,7 +206,7 @@ def _media_options(provenance: Mapping[str, Any], folder: Path) -> MediaOptions:
     config = provenance.get("config") or {}
     try:
         model, data = config.get("model") or {}, config.get("data") or {}
-        given = {name: model.get(name) for name in ("image", "video", "boxes")}
+        given = {name: model.get(name) for name in ("image", "video", "boxes", "chat")}
         given |= {name: data.get(name) for name in ("max_image_pixels", "exif")}
         return MediaOptions(**{name: value for name, value in given.items() if value is not None})
     except (ValidationError, AttributeError, TypeError) as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from vlmtune.config.schema import Component, ImageOptions, MediaOptions
+from vlmtune.config.schema import ChatStyle, Component, ImageOptions, MediaOptions
 from vlmtune.data.sample import BoxUnit, Encoded, MediaPlan, Retouch, Size
 from vlmtune.models.text import TextEncoder
 from vlmtune.weights.layout import WeightTable
@@ -199,8 +199,22 @@ class Family(Protocol):
         ...
 
     def chat(
-        self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, text: TextEncoder, spec: Any
-    ) -> ChatFormat: ...
+        self,
+        folder: ModelFolder,
+        tokenizer: PreTrainedTokenizerBase,
+        text: TextEncoder,
+        spec: Any,
+        style: ChatStyle | None,
+    ) -> ChatFormat:
+        """
+        Args:
+            style: `model.chat`; the model's own format without.
+
+        Raises:
+            WeightsError: the folder says no format, or one that is not known.
+            ConfigError: a style that this model has not.
+        """
+        ...
 
     def boxes(self, folder: ModelFolder) -> BoxFormat:
         """How the model was taught to write boxes."""

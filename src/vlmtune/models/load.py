@@ -80,7 +80,7 @@ def open_folder(path: str | os.PathLike[str], media: MediaOptions | None = None)
 
     Raises:
         WeightsError: no folder, an unknown architecture, no chat template, a template that cannot be cut.
-        ConfigError: an option in `media.image` that has no effect on this model.
+        ConfigError: an option in `media.image` that has no effect on this model; a `media.chat` that it has not.
     """
     folder = read_folder(path)
     family = detect(folder.config, where=str(folder.path))
@@ -108,7 +108,7 @@ def open_folder(path: str | os.PathLike[str], media: MediaOptions | None = None)
         layouts=family.layouts(folder),
         spec=spec,
         text=text,
-        chat=family.chat(folder, tokenizer, text, spec),
+        chat=family.chat(folder, tokenizer, text, spec, media.chat),
         components=family.components(folder),
         why_not_packed=family.why_not_packed(config),
         shared_length=family.shared_length(config),

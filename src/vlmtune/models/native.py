@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from vlmtune.errors import WeightsError
+from vlmtune.config.schema import ChatStyle
+from vlmtune.errors import ConfigError, WeightsError
 from vlmtune.models.family import ModelFolder
 
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -58,6 +59,19 @@ def read_template(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> st
         remedy="Without it the prompt that the model was trained with is unknown. Use the instruction-tuned "
         "checkpoint, or write the template into the folder.",
     )
+
+
+def refuse_style(style: ChatStyle | None) -> None:
+    """
+    Raises:
+        ConfigError: `model.chat` asks for other prompts than those of the folder's chat template.
+    """
+    if style == "xtuner":
+        raise ConfigError(
+            "is xtuner, but this folder brings its own chat template",
+            where="model.chat",
+            expected="official, or nothing: XTuner's prompts are known for InternVL in its official layout",
+        )
 
 
 def shared_length(config: PretrainedConfig) -> int | None:

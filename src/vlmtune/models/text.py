@@ -88,7 +88,8 @@ class TextEncoder:
     def _build(self) -> None:
         # `encode_special_tokens` makes special strings in the text plain text; it is not part of the JSON.
         self._first = _plain(Tokenizer.from_str(self._json))
-        self._later = _plain(Tokenizer.from_str(_without_first_space(self._json)))
+        later = _without_first_space(self._json)
+        self._later = self._first if later == self._json else _plain(Tokenizer.from_str(later))
         self._known_atoms: dict[str, list[tuple[str, _Special | None]]] = {}
         self._known_runs: dict[tuple[str, bool], list[int]] = {}
         longest_first = sorted(self._special, key=len, reverse=True)

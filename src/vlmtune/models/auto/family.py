@@ -20,15 +20,15 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
 
 from vlmtune import compat
-from vlmtune.config.schema import Component, ImageOptions
+from vlmtune.config.schema import ChatStyle, Component, ImageOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
 from vlmtune.errors import WeightsError
-from vlmtune.models.auto import conventions, pictures
-from vlmtune.models.auto.pictures import AutoSpec, KeyedConfig
-from vlmtune.models.template import probe
 from vlmtune.files import read_json, write_json
 from vlmtune.models import native
+from vlmtune.models.auto import conventions, pictures
+from vlmtune.models.auto.pictures import AutoSpec, KeyedConfig
 from vlmtune.models.family import NATIVE, BoxFormat, ChatFormat, Components, ModelFolder, OpenedFolder
+from vlmtune.models.template import probe
 from vlmtune.models.text import TextEncoder
 from vlmtune.weights.layout import WeightTable
 
@@ -44,7 +44,7 @@ _PROJECTOR = (
 _LANGUAGE = ("model.language_model", "model.text_model")
 
 # Architectures whose packed rows are shown to equal unpacked ones by the conformance suite.
-_PACKS = frozenset({"internvl", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3"})
+_PACKS = frozenset({"llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "idefics3"})
 _MULTI_AXIS = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
 _PROCESSOR_PARTS = frozenset({"image_processor", "tokenizer", "video_processor", "chat_template"})
 
@@ -130,8 +130,14 @@ class AutoFamily:
         return []
 
     def chat(
-        self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, text: TextEncoder, spec: AutoSpec
+        self,
+        folder: ModelFolder,
+        tokenizer: PreTrainedTokenizerBase,
+        text: TextEncoder,
+        spec: AutoSpec,
+        style: ChatStyle | None,
     ) -> ChatFormat:
+        native.refuse_style(style)
         template = native.read_template(folder, tokenizer)
         chat = probe(tokenizer, template, spec.processor.image_token, text, place=str(folder.path))
         return dataclasses.replace(chat, frames=conventions.frames(str(folder.config.get("model_type"))))

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
+from vlmtune.config.schema import ChatStyle
 from vlmtune.errors import ConfigError, WeightsError
 from vlmtune.models.family import ChatFormat, FrameFormat, ModelFolder
 from vlmtune.models.internvl.tokenizer import END_TOKEN, START_TOKEN, lone_space
 from vlmtune.models.template import prefix_ids
-
-ChatStyle = Literal["official", "xtuner"]
 
 _INTERNVL = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
@@ -44,17 +42,22 @@ class _Roles:
     strips: bool = False
 
 
-_IM = {"system": "<|im_start|>system\n", "user": "<|im_start|>user\n", "assistant": "<|im_start|>assistant\n"}
+_HERMES = _Roles(
+    system="<|im_start|>system\n",
+    message=_INTERNVL,
+    user="<|im_start|>user\n",
+    assistant="<|im_start|>assistant\n",
+    end="<|im_end|>",
+)
 _TEMPLATES: Mapping[str, _Roles] = {
-    "internlm2-chat": _Roles(**_IM, message=_INTERNVL, end="<|im_end|>", strips=True),
-    "Hermes-2": _Roles(**_IM, message=_INTERNVL, end="<|im_end|>"),
+    "internlm2-chat": replace(_HERMES, strips=True),
+    "Hermes-2": _HERMES,
     "phi3-chat": _Roles(
         system="<|system|>\n", message=_INTERNVL, user="<|user|>\n", assistant="<|assistant|>\n", end="<|end|>"
     ),
-    "internvl2_5": _Roles(**_IM, message=_INTERNVL_2_5, end="<|im_end|>\n"),
+    "internvl2_5": replace(_HERMES, message=_INTERNVL_2_5, end="<|im_end|>\n"),
 }
 # As InternVLProcessor of transformers writes the frames of a video (`replace_video_token`).
-_NATIVE_FRAMES = FrameFormat(before="Frame{number}: " + START_TOKEN, joint=END_TOKEN + "\n", close=END_TOKEN + "\n")
 _ZH = "internvl_zh"
 TEMPLATES = (*_TEMPLATES, _ZH)
 _XTUNER_KNOWS = "internlm2-chat"
@@ -158,5 +161,8 @@ def native_chat(probed: ChatFormat) -> ChatFormat:
     picture: with the marks, and with the newline beside a picture left to the text unless the template writes it."""
     before, after = probed.image
     return replace(
-        probed, image=(before + START_TOKEN, END_TOKEN + after), fold_newlines="\n" in after, frames=_NATIVE_FRAMES
+        probed,
+        image=(before + START_TOKEN, END_TOKEN + after),
+        fold_newlines="\n" in after,
+        frames=FrameFormat(before="Frame{number}: " + START_TOKEN, joint=END_TOKEN + "\n", close=END_TOKEN + after),
     )

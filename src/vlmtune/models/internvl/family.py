@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.internvl import InternVLConfig, InternVLForConditionalGeneration
 
-from vlmtune.config.schema import ImageOptions
+from vlmtune.config.schema import ChatStyle, ImageOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
 from vlmtune.errors import WeightsError
 from vlmtune.files import read_json
@@ -114,15 +114,21 @@ class InternVLFamily:
         )
 
     def chat(
-        self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, text: TextEncoder, spec: InternVLSpec
+        self,
+        folder: ModelFolder,
+        tokenizer: PreTrainedTokenizerBase,
+        text: TextEncoder,
+        spec: InternVLSpec,
+        style: ChatStyle | None,
     ) -> ChatFormat:
         official = folders.conventions(folder)
         where = str(folder.path)
         if official is None:
+            native.refuse_style(style)
             template = native.read_template(folder, tokenizer)
             return chat.native_chat(probe(tokenizer, template, tokenizers.CONTEXT_TOKEN, text, place=where))
         fast = cast(PreTrainedTokenizerFast, tokenizer)
-        found = chat.official_chat(official, fast)
+        found = chat.official_chat(official, fast, style=style or "official")
         tokenizers.check_fits(fast, found, int(official.config["llm_config"]["vocab_size"]), where=where)
         return found
 

@@ -20,7 +20,7 @@ _TEMPLATE = """\
 {%- else -%}
 {%- for part in content -%}
 {%- if part['type'] == 'image' -%}{{ IMAGE }}
-{%- elif part['type'] == 'video' -%}{{ '<video>' }}
+{%- elif part['type'] == 'video' -%}{{ VIDEO }}
 {%- else -%}{{ words(part['text'], loop.first, loop.last) }}{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
@@ -52,7 +52,7 @@ _TEMPLATE = """\
 """
 
 
-def jinja(chat: ChatFormat, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str:
+def jinja(chat: ChatFormat, tokenizer: PreTrainedTokenizerBase, image_token: str, video_token: str) -> str:
     """The template whose rendering, tokenised without further special tokens, gives the ids of `data.encode`.
 
     `chat.block` (one block for all pictures of a turn) comes out as one block for each picture: processors know no
@@ -62,6 +62,7 @@ def jinja(chat: ChatFormat, tokenizer: PreTrainedTokenizerBase, image_token: str
     values = {
         "TRIMS": "true" if chat.strips_ends else "false",
         "IMAGE": _quoted(image_token),
+        "VIDEO": _quoted(video_token),
         "BLOCK": _quoted(chat.block[2] if chat.block else ""),
         "PREFIX": _quoted("".join(tokenizer.convert_ids_to_tokens(list(chat.prefix_ids))).replace("\u2581", " ")),
         "OPENING": _quoted(chat.opening),

@@ -29,7 +29,9 @@ from vlmtune.models.internvl.jinja import jinja
 CONTEXT_TOKEN = "<IMG_CONTEXT>"
 START_TOKEN = "<img>"
 END_TOKEN = "</img>"
-_VIDEO_TOKEN = "<video>"  # the processor wants one; without videos it never stands in a text
+# The processor wants a token for videos, which it replaces before anything is tokenised. One of the vocabulary that
+# nobody writes is better than a new one, which may lie outside the embedding.
+_VIDEO_TOKENS = ("<video>", "[UNUSED_TOKEN_139]", "<|placeholder6|>")
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -123,6 +125,7 @@ def write_native(tokenizer: PreTrainedTokenizerFast, chat: ChatFormat, out: Path
     Args:
         out: an existing folder.
     """
+    video = next((token for token in _VIDEO_TOKENS if _id(tokenizer, token) is not None), _VIDEO_TOKENS[0])
     # Not the language model's own class: it would build its tokenizer anew, without what the SentencePiece model says.
     plain = _wrapped(
         tokenizer.backend_tokenizer,
@@ -133,11 +136,11 @@ def write_native(tokenizer: PreTrainedTokenizerFast, chat: ChatFormat, out: Path
                 "start_image_token": START_TOKEN,
                 "end_image_token": END_TOKEN,
                 "context_image_token": CONTEXT_TOKEN,
-                "video_token": _VIDEO_TOKEN,
+                "video_token": video,
             },
         },
     )
-    plain.chat_template = jinja(chat, tokenizer, CONTEXT_TOKEN)
+    plain.chat_template = jinja(chat, tokenizer, CONTEXT_TOKEN, video)
     plain.save_pretrained(out)
 
 
