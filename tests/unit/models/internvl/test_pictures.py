@@ -152,6 +152,12 @@ def test_each_layout_keeps_its_order_of_equal_grids() -> None:
     assert official != native and sorted(official) == sorted(native)
     assert [grid for grid in official if grid[0] * grid[1] == 4] == [(4, 1), (1, 4), (2, 2)]
     assert [grid for grid in native if grid[0] * grid[1] == 4] == [(1, 4), (2, 2), (4, 1)]
+    # 4×1 and 2×2 are equally like 2.5 : 1; the later one wins where the picture has pixels enough for it.
+    layouts = [
+        pictures.plan([(100, 40)], spec)[0].layout
+        for spec in (_official(min_dynamic_patch=4, max_dynamic_patch=4), _native(min_patches=4, max_patches=4))
+    ]
+    assert layouts == [(2, 2), (4, 1)]
 
 
 def test_many_tiles_are_counted_at_once() -> None:
