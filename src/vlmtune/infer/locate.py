@@ -171,6 +171,8 @@ def _base_of(folder: Path, given: str | Path | None) -> Path:
 
 def _given_base(base: str | Path) -> Path:
     folder = Path(base).expanduser().absolute()
+    if HUB_ID.fullmatch(str(base)) and not folder.exists():
+        return _folder(base)
     if not (folder / "config.json").is_file():
         raise UsageError("no config.json in the folder given with --base", where=str(folder), expected="a model folder")
     return folder
