@@ -125,8 +125,8 @@ def test_features_of_later_layers_and_several_position_axes(
 
 @pytest.mark.timeout(600)
 def test_official_folders_train_like_one_process(tmp_path: Path, rows: Path, eval_rows: Path) -> None:
-    """ZeRO-1, as the scripts of InternVL and XTuner have it; ZeRO-3, where fused tensors are split and spread in reading;
-    DDP with checkpointing, which waits for the tower where a micro batch has no picture."""
+    """ZeRO-1, as the scripts of InternVL and XTuner have it; ZeRO-3, where fused tensors are split and spread; and DDP
+    with checkpointing, which waits for the tower where a micro batch has no picture."""
     model = official_folder("internlm2", tmp_path / "model")
     cases, runs = [], {}
     for strategy, tuning in (("ddp", "full"), ("zero1", "lora"), ("zero3", "full")):
