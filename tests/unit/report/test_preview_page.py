@@ -173,7 +173,7 @@ def test_what_is_left_out_is_counted(
     long = {"image": ["a.png"] * 3, "conversations": turns("<image>" * 3, "many words " * 40)}
     (row,), html = show(tmp_path, tiny_folder("internvl"), [long], max_length=64)
     shown = sum(len(token.ids) for stretch in row.stretches for token in stretch.tokens)
-    pictures = sum(picture.num_tokens - 2 for picture in row.pictures)  # their <img> and </img> stand as text
+    pictures = sum(picture.num_tokens for picture in row.pictures)
     assert shown == 30 and row.num_tokens_left_out == row.num_tokens - pictures - 30 and row.too_long
     left_out = sum(picture.num_left_out for picture in row.pictures)
     assert left_out > 0 and sum(len(tile) for picture in row.pictures for tile in picture.tiles) <= 9_000

@@ -375,7 +375,6 @@ def _tokens(
 
 def _whole(config: Mapping[str, Any], key: str, default: int | None) -> Any:
     value = config.get(key, default)
-    value = value[0] if isinstance(value, list) and len(set(value)) == 1 else value
     if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
         raise WeightsError(f"`{key}` is {value!r}", where="config.json", expected="a whole number")
     return default if value is None else value
