@@ -161,7 +161,7 @@ def test_info_of_the_machine_and_of_a_model(model: Path, capsys: pytest.CaptureF
     assert "torch" in capsys.readouterr().out
     assert main(["info", str(model)]) == 0
     printed = capsys.readouterr().out
-    assert "auto (InternVLForConditionalGeneration)" in printed and "packing        yes" in printed
+    assert "internvl (InternVLForConditionalGeneration" in printed and "packing        yes" in printed
 
 
 def test_info_counts_parameters_without_reading_weights(
