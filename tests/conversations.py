@@ -20,15 +20,17 @@ import numpy as np
 import official
 import PIL.Image
 from tokenizers import AddedToken, Tokenizer
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from vlmtune.config.schema import MediaOptions, Read
+from vlmtune.data.encode import encode, encode_prompt
 from vlmtune.data.rows.adapters import to_sample
-from vlmtune.data.sample import MediaPlan, MediaRef, Message, Sample, Size
+from vlmtune.data.sample import Image, MediaPlan, MediaRef, Message, Sample, Size, Text
 from vlmtune.models.family import BoxFormat, ChatFormat, Components, OpenedFolder
-from vlmtune.models.internvl.chat import official_chat
-from vlmtune.models.internvl.tokenizer import context_token_id, open_tokenizer
+from vlmtune.models.internvl.chat import native_chat, official_chat
+from vlmtune.models.internvl.tokenizer import context_token_id, open_tokenizer, write_native
+from vlmtune.models.template import probe
 from vlmtune.models.text import TextEncoder
 
 MARK = "<image>"
@@ -95,6 +97,60 @@ def opened(
         media=MediaOptions(exif="ignore"),
         boxes=BoxFormat(),
     )
+
+
+def check_native(folder: OpenedFolder, out: Path) -> None:
+    """A native folder's tokenizer files: plain transformers' prompts have our ids, so has the folder opened again."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer: Any = folder.tokenizer
+    write_native(tokenizer, folder.chat, out)
+    plain = AutoTokenizer.from_pretrained(out)
+    text = TextEncoder(plain)
+    probed = native_chat(probe(plain, plain.chat_template, plain.context_image_token, text, place=str(out)))
+    again = replace(folder, tokenizer=plain, text=text, chat=probed)
+    num = 3
+    shown = plain.start_image_token + plain.context_image_token * num + plain.end_image_token  # InternVLProcessor
+    for system in ((), (("system", ["Be brief.\n"]),))[: 2 if folder.chat.system_opening else 1]:
+        for turns in _DIALOGUES:
+            dialogue = [*system, *turns]
+            ours = _row(dialogue)
+            counted = with_counts(folder, [num] * len(ours.images))
+            prompt = dialogue[-1][0] == "user"
+            encoded = encode_prompt(ours, counted) if prompt else encode(ours, counted)
+            for as_text in (False, True):
+                if as_text and ours.images:
+                    continue
+                rendered = plain.apply_chat_template(
+                    [{"role": role, "content": _content(parts, as_text)} for role, parts in dialogue],
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                )
+                ids = plain(rendered.replace(plain.context_image_token, shown), add_special_tokens=False).input_ids
+                assert ids == encoded.input_ids.tolist(), rendered
+            reopened = with_counts(again, counted.spec.counts)
+            found = encode_prompt(ours, reopened) if prompt else encode(ours, reopened)
+            assert found.input_ids.tolist() == encoded.input_ids.tolist(), dialogue
+            assert found.labels.tolist() == encoded.labels.tolist(), dialogue
+
+
+_IMAGE = None
+_DIALOGUES: list[list[tuple[str, list[str | None]]]] = [
+    [("user", [" What? "])],
+    [("user", [_IMAGE, "\nWhat is it?"]), ("assistant", ["A cat."])],
+    [("user", ["A: ", _IMAGE, "\nB: ", _IMAGE, " same?\n"]), ("assistant", ["No."]), ("user", ["Why?"])],
+    [("user", ["One"]), ("assistant", ["two"]), ("user", ["  three"]), ("assistant", ["four"])],
+]
+
+
+def _row(dialogue: Sequence[tuple[str, Sequence[str | None]]]) -> Sample:
+    parts = [(role, tuple(Image(_PICTURE) if part is None else Text(part) for part in said)) for role, said in dialogue]
+    return Sample(messages=tuple(Message(role, said) for role, said in parts), origin="dialogue")  # type: ignore[arg-type]
+
+
+def _content(parts: Sequence[str | None], as_text: bool) -> Any:
+    if as_text:
+        return "".join(part or "" for part in parts)
+    return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
 
 
 def with_counts(folder: OpenedFolder, counts: Sequence[int]) -> OpenedFolder:

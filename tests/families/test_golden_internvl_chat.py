@@ -20,6 +20,7 @@ from conversations import (
     Statement,
     Turns,
     answers_of,
+    check_native,
     opened,
     prompt_of,
     read,
@@ -375,6 +376,14 @@ def test_chat_prompts(name: str) -> None:
         assert ours.input_ids.tolist() == ids
         return
     assert ours.input_ids.tolist() == record["input_ids"]
+
+
+@pytest.mark.parametrize("template", _templates(), ids=[golden.name(_CHAT, "native", name) for name in _templates()])
+def test_native_folders(template: str, tmp_path: Path) -> None:
+    """Exported tokenizers with their Jinja template, in plain transformers and opened again."""
+    if template not in TEMPLATES:
+        pytest.skip(f"{template} is refused, see test_templates")
+    check_native(_opened(template, _LANGUAGES.get(template, "internlm2")), tmp_path)
 
 
 def _prompt(folder: OpenedFolder, history: Sequence[Sequence[str]], question: str, counts: Sequence[int]) -> Encoded:

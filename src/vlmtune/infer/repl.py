@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmtune.config.schema import MediaOptions
+from vlmtune.data.rows.marks import joined
 from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text, Video
 from vlmtune.errors import DataError, VlmtuneError
 
@@ -54,7 +55,9 @@ class Conversation:
         Raises:
             DataError: the prompt cannot be encoded.
         """
-        turn = Message("user", (*self.pending, Text(text)))
+        # Each on a line of its own, as rows have them; templates with a newline of their own take this one away.
+        shown = [part for medium in self.pending for part in (medium, Text("\n"))]
+        turn = Message("user", tuple(joined([*shown, Text(text)])))
         sample = Sample(messages=(*self.messages, turn), origin="this conversation")
         answer = ""
         with closing(self.session.stream(sample, self.max_new_tokens)) as pieces:

@@ -66,6 +66,19 @@ def test_trimming_stops_at_a_box() -> None:
     assert shown([Text("  "), BOX, Text("  x  "), PICTURE, Text(" \n")], form) == "{}  x<[0]>"
 
 
+def test_trimming_the_ends_of_a_turn_keeps_the_text_beside_pictures() -> None:
+    form = chat(strips_ends=True, fold_newlines=False)
+    assert shown([Text("  "), PICTURE, Text(" x "), PICTURE, Text("\n y \n")], form) == "<[0]> x <[1]>\n y"
+    assert shown([Text(" x "), PICTURE, Text(" \n")], form) == "x <[0]>"
+
+
+def test_all_pictures_of_a_turn_in_one_block() -> None:
+    form = chat(image=("", ""), images_first=True, block=("{", "}", "\n"), strips_ends=True, fold_newlines=False)
+    assert shown([Text("a "), PICTURE, Text("\nb "), PICTURE], form) == "{[0][1]}\na \nb"
+    assert shown([PICTURE, VIDEO], form) == "{[0][1][2][3]}"
+    assert shown([Text(" no picture ")], form) == "no picture"
+
+
 def test_special_tokens_of_a_box_are_the_templates_and_its_training_is_the_turns() -> None:
     messages = [Message("user", (Text("q"), BOX)), Message("assistant", (Text("a "), BOX, Text(" b")))]
     pieces = lay(messages, chat(), prompt=False, write_box=lambda box: "{}")

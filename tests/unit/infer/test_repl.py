@@ -26,7 +26,7 @@ class Parrot:
 
     def stream(self, sample: Sample, max_new_tokens: int) -> Generator[str, None, None]:
         self.asked.append(sample)
-        text = sample.messages[-1].text
+        text = sample.messages[-1].text.lstrip("\n")
         if text == "interrupt":
             yield "half"
             raise KeyboardInterrupt
@@ -58,7 +58,7 @@ def test_turns_build_on_each_other(picture: Path) -> None:
     assert roles_and_texts(parrot.asked[-1]) == [
         ("user", "hello", 1),
         ("assistant", "HELLO!", 1),
-        ("user", "what is it?", 3),
+        ("user", "\n\nwhat is it?", 4),  # each picture on a line of its own
         ("assistant", "WHAT IS IT?!", 1),
         ("user", "sure?", 1),
     ]
@@ -88,7 +88,7 @@ def test_quit_leaves_and_unknown_commands_help() -> None:
 def test_an_interrupted_answer_is_no_part_of_the_conversation(picture: Path) -> None:
     parrot, written, _ = talk(f"/image {picture}", "interrupt", "hello")
     assert "stopped" in written
-    assert roles_and_texts(parrot.asked[-1]) == [("user", "hello", 2)]  # the picture still waits
+    assert roles_and_texts(parrot.asked[-1]) == [("user", "\nhello", 2)]  # the picture still waits
 
 
 def test_several_quoted_paths(picture: Path) -> None:
@@ -104,7 +104,7 @@ def test_videos_wait_beside_pictures(picture: Path, tmp_path: Path) -> None:
     parrot, written, complaints = talk(
         f"/video {film}", f"/image {picture}", f"/video {frames}", "/video", f"/video {picture}", "what happens?"
     )
-    assert [type(part) for part in parrot.asked[0].messages[0].parts] == [Video, Image, Video, Text]
+    assert [type(part) for part in parrot.asked[0].messages[0].parts] == [Video, Text, Image, Text, Video, Text]
     assert "1 video in your next turn" in written and "1 picture and 2 videos in your next turn" in written
     assert "usage: /video PATH" in written
     assert len(complaints) == 1 and "a cat.png is not a video" in complaints[0]

@@ -51,6 +51,12 @@ def test_trimmed_contents() -> None:
     assert cut(CHATML.replace("{{ part['text'] }}", "{{ part['text'] | trim }}")).strips
 
 
+def test_trimmed_ends() -> None:
+    ends = "{{ part['text'].lstrip() if loop.first else part['text'] }}"
+    form = cut(CHATML.replace("{{ part['text'] }}", ends))
+    assert form.strips_ends and not form.strips
+
+
 def test_contents_as_strings() -> None:
     only_strings = """{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\\n' }}
 {%- if m['role'] == 'user' and m['content'] is not string -%}

@@ -29,19 +29,19 @@ _TEMPLATE = """\
 {%- if BLOCK and content is not string -%}
 {%- set shown = content | selectattr('type', 'equalto', 'image') | list -%}
 {%- set text = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('') | trim -%}
-{%- for part in shown -%}{{ IMAGE }}{%- endfor -%}
-{%- if shown and text -%}{{ BLOCK }}{%- endif -%}
+{%- for part in shown -%}{{ IMAGE }}{{ BLOCK }}{%- endfor -%}
 {{ text }}
 {%- else -%}{{ said(content) }}{%- endif -%}
 {%- endmacro -%}
 {%- set after = namespace(role='') -%}
 {{- PREFIX -}}
-{%- if not messages or messages[0]['role'] != 'system' -%}{{ OPENING }}{%- endif -%}
+{%- if not HOLDS or not messages or messages[0]['role'] != 'system' -%}{{ OPENING }}{%- endif -%}
 {%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{{ SYSTEM_BEFORE }}
+{%- if message['role'] == 'system' -%}
+{%- if HOLDS -%}{{ SYSTEM_BEFORE }}
 {%- if message['content'] is string -%}{{ message['content'] }}
 {%- else -%}{%- for part in message['content'] -%}{{ part['text'] }}{%- endfor -%}{%- endif -%}
-{{ SYSTEM_AFTER }}
+{{ SYSTEM_AFTER }}{%- endif -%}
 {%- elif message['role'] == 'user' -%}
 {%- if after.role == 'assistant' -%}{{ AGAIN }}{%- endif -%}
 {{ asked(message['content']) }}
@@ -55,12 +55,13 @@ _TEMPLATE = """\
 def jinja(chat: ChatFormat, tokenizer: PreTrainedTokenizerBase, image_token: str, video_token: str) -> str:
     """The template whose rendering, tokenised without further special tokens, gives the ids of `data.encode`.
 
-    `chat.block` (one block for all pictures of a turn) comes out as one block for each picture: processors know no
-    other form.
+    `chat.block` (one block for all pictures of a turn) comes out as one block for each picture, on a line of its own:
+    processors know no other form.
     """
     system = chat.system_opening or ("", "")
     values = {
         "TRIMS": "true" if chat.strips_ends else "false",
+        "HOLDS": "true" if chat.system_opening else "false",
         "IMAGE": _quoted(image_token),
         "VIDEO": _quoted(video_token),
         "BLOCK": _quoted(chat.block[2] if chat.block else ""),

@@ -214,3 +214,19 @@ def test_errors_of_the_locator_get_the_origin() -> None:
 
     with pytest.raises(DataError, match=r"^x\.json:3: there is no file a\.jpg\.$"):
         to_sample(llava("<image>", "x", image="a.jpg"), origin="x.json:3", locate=nowhere)
+
+
+def test_lone_turns_are_left_out_where_the_source_says_so() -> None:
+    roles = ("gpt", "gpt", "human", "gpt", "human")
+    row = llava("Hi", "Hi again", "<image>\nHow many?", "Two.", "Sure?", roles=roles, image="a", system="be kind")
+    sample = read(row, lone_turns="drop")
+    assert [(message.role, message.text) for message in sample.messages] == [
+        ("system", "be kind"),
+        ("user", "\nHow many?"),
+        ("assistant", "Two."),
+    ]
+    assert "`lone_turns: drop` at the source leaves such turns out" in reason(llava("hi", "ho", "and?"))
+    with pytest.raises(DataError, match="0 <image> marks but 1 image"):
+        read(llava("hi", "ho", "<image>?", image="a"), lone_turns="drop")
+    with pytest.raises(DataError, match="no assistant turn"):
+        read(llava("hi"), lone_turns="drop")
