@@ -148,7 +148,8 @@ def _lay_out(
 
     def planned(part: str, sources: tuple[AnySource, ...], make: Callable[..., Any]) -> tuple[PreparedRows, Any]:
         prepared = _prepared(sources, config, opened, processes, tell)
-        plan = make(prepared.measured, prepared.rows.corpus, config, world=processes.world, packed=packed)
+        corpus, shared = prepared.rows.corpus, opened.shared_length
+        plan = make(prepared.measured, corpus, config, world=processes.world, packed=packed, shared_length=shared)
         dropped.extend((part, row) for row in prepared.measured.bad)  # the plan refuses them, or leaves them out
         folders.extend(prepared.folders)
         return prepared.rows, plan

@@ -193,7 +193,15 @@ def check(
         if quick:
             mixture_of(train.usable, train.corpus, config)
         else:
-            plan = plan_rows(train.usable, train.measured, train.corpus, config, world=world, packed=packed)
+            plan = plan_rows(
+                train.usable,
+                train.measured,
+                train.corpus,
+                config,
+                world=world,
+                packed=packed,
+                shared_length=opened.shared_length,
+            )
         if evaluated is not None:
             rows_to_evaluate(evaluated.usable)
     except DataError as error:

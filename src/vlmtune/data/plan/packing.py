@@ -16,6 +16,7 @@ from vlmtune.data.counts import exact_count
 from vlmtune.data.plan.bad_rows import usable_rows
 from vlmtune.data.plan.bins import fill, packs_of
 from vlmtune.data.plan.mixture import Mixture, make_mixture, mixing_text
+from vlmtune.data.plan.sharing import room_taken
 from vlmtune.data.plan.train_plan import RowsPlan, TokensPlan, TrainPlan
 from vlmtune.data.prepared.measure import Measured
 from vlmtune.data.rows.corpus import Corpus
@@ -47,13 +48,25 @@ class Plan(Protocol):
     def digest(self) -> str: ...
 
 
-def make_plan(measured: Measured, corpus: Corpus, config: RunConfig, *, world: int, packed: bool) -> TrainPlan:
+def make_plan(
+    measured: Measured,
+    corpus: Corpus,
+    config: RunConfig,
+    *,
+    world: int,
+    packed: bool,
+    shared_length: int | None = None,
+) -> TrainPlan:
     """Lay down a training run.
+
+    Args:
+        shared_length: of the model; a longer row has a pack to itself.
 
     Raises:
         DataError: bad rows, or none left. ConfigError: batch sizes that do not divide, tokens without packing.
     """
-    return plan_rows(usable_rows(measured, corpus, config.data), measured, corpus, config, world=world, packed=packed)
+    usable = usable_rows(measured, corpus, config.data)
+    return plan_rows(usable, measured, corpus, config, world=world, packed=packed, shared_length=shared_length)
 
 
 def mixture_of(usable: np.ndarray, corpus: Corpus, config: RunConfig) -> Mixture:
@@ -63,11 +76,19 @@ def mixture_of(usable: np.ndarray, corpus: Corpus, config: RunConfig) -> Mixture
 
 
 def plan_rows(
-    usable: np.ndarray, measured: Measured, corpus: Corpus, config: RunConfig, *, world: int, packed: bool
+    usable: np.ndarray,
+    measured: Measured,
+    corpus: Corpus,
+    config: RunConfig,
+    *,
+    world: int,
+    packed: bool,
+    shared_length: int | None = None,
 ) -> TrainPlan:
     """`make_plan` for the rows where `usable` is true, whatever the others are like."""
     train = config.train
     mixture = mixture_of(usable, corpus, config)
+    room = room_taken(measured.num_tokens, config.data.max_length, shared_length)
     if train.global_batch_tokens is not None:
         if not packed:
             raise ConfigError(
@@ -76,20 +97,22 @@ def plan_rows(
                 remedy="Set train.global_batch_size instead, or data.packing: true with a model that can pack.",
             )
         num_packs = packs_per_step(train.global_batch_tokens, config.data.max_length, world)
-        return _plan_tokens(mixture, measured, config, world=world, num_packs=num_packs)
-    assert train.global_batch_size is not None  # one of both is there, see the schema
-    return _plan_samples(mixture, measured, config, train.global_batch_size, world=world, packed=packed)
+        return _plan_tokens(mixture, measured, room, config, world=world, num_packs=num_packs)
+    return _plan_samples(mixture, measured, room, config, world=world, packed=packed)
 
 
 def _plan_samples(
-    mixture: Mixture, measured: Measured, config: RunConfig, batch_size: int, *, world: int, packed: bool
+    mixture: Mixture, measured: Measured, room: np.ndarray, config: RunConfig, *, world: int, packed: bool
 ) -> RowsPlan:
     train = config.train
+    batch_size = train.global_batch_size
+    assert batch_size is not None  # or the size is in tokens, see the schema
     num_steps, whole_epochs, last_rows = _extent(train, mixture.epoch_size, batch_size)
     plan = RowsPlan(
         mixture=mixture,
         num_tokens=measured.num_tokens,
         num_visual=measured.num_visual,
+        room=room,
         global_batch_size=batch_size,
         num_steps=num_steps,
         whole_epochs=whole_epochs,
@@ -164,16 +187,18 @@ def _nearest(number: int, unit: int) -> str:
     return f"The nearest {'is' if len(nearest) == 1 else 'are'} {' and '.join(nearest)}."
 
 
-def _plan_tokens(mixture: Mixture, measured: Measured, config: RunConfig, *, world: int, num_packs: int) -> TokensPlan:
+def _plan_tokens(
+    mixture: Mixture, measured: Measured, room: np.ndarray, config: RunConfig, *, world: int, num_packs: int
+) -> TokensPlan:
     max_length = config.data.max_length
     sizes: list[int] = []
     filled = None
     if mixture.is_even:  # all epochs hold the same lengths and are packed alike
-        filled = fill(measured.num_tokens[mixture.taken(0)], max_length, mixture.seed)
+        filled = fill(room[mixture.taken(0)], max_length, mixture.seed)
 
     def packs(epoch: int) -> int:
         while len(sizes) <= epoch:
-            lengths = measured.num_tokens[mixture.taken(len(sizes))]
+            lengths = room[mixture.taken(len(sizes))]
             _, starts = filled or fill(lengths, max_length, mixture.seed)
             sizes.append(len(starts) - 1)
         return sizes[epoch]
@@ -183,6 +208,7 @@ def _plan_tokens(mixture: Mixture, measured: Measured, config: RunConfig, *, wor
         mixture=mixture,
         num_tokens=measured.num_tokens,
         num_visual=measured.num_visual,
+        room=room,
         num_steps=sum(ceil(count / num_packs) for count in taken),
         world=world,
         micro_batches_per_step=num_packs,
@@ -253,8 +279,16 @@ def rows_to_evaluate(usable: np.ndarray) -> np.ndarray:
     return rows
 
 
-def make_eval_plan(measured: Measured, corpus: Corpus, config: RunConfig, *, world: int, packed: bool) -> EvalPlan:
-    """Lay down an evaluation.
+def make_eval_plan(
+    measured: Measured,
+    corpus: Corpus,
+    config: RunConfig,
+    *,
+    world: int,
+    packed: bool,
+    shared_length: int | None = None,
+) -> EvalPlan:
+    """Lay down an evaluation; `shared_length` as for `make_plan`.
 
     Raises:
         DataError: bad rows, or none left. ConfigError: an eval source that is mixed.
@@ -263,7 +297,8 @@ def make_eval_plan(measured: Measured, corpus: Corpus, config: RunConfig, *, wor
     rows = rows_to_evaluate(usable_rows(measured, corpus, config.data))
     lengths = measured.num_tokens[rows].tolist()
     if packed:
-        groups = packs_of(lengths, config.data.max_length)
+        room = room_taken(measured.num_tokens[rows], config.data.max_length, shared_length)
+        groups = packs_of(room.tolist(), config.data.max_length)
     else:
         falling = sorted(range(len(rows)), key=lambda k: (-lengths[k], k))
         micro = config.train.micro_batch_size

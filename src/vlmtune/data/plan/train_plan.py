@@ -34,6 +34,8 @@ class TrainPlan(ABC):
     """int32 (n,), by row number."""
     num_visual: np.ndarray
     """int32 (n,), those of them that pictures take."""
+    room: np.ndarray
+    """int32 (n,): what a row takes up in a pack; see `sharing.room_taken`. `num_tokens` itself for most models."""
     num_steps: int
     world: int
     micro_batches_per_step: int
@@ -100,6 +102,8 @@ class TrainPlan(ABC):
         whole = hashlib.blake2b(digest_size=16)
         whole.update(repr((_SAMPLING, self.global_batch, self.mixture.seed, self.mixture.counts)).encode())
         whole.update(np.ascontiguousarray(self.num_tokens, np.int32).tobytes())
+        if self.capacity is not None and not np.array_equal(self.room, self.num_tokens):
+            whole.update(np.ascontiguousarray(self.room, np.int32).tobytes())
         for rows in (*self.mixture.rows, self._epoch(0)[0]):
             whole.update(np.ascontiguousarray(rows, np.int64).tobytes())
         return whole.hexdigest()
@@ -194,10 +198,10 @@ class RowsPlan(TrainPlan):
 
     def _deal(self, step: int) -> list[np.ndarray]:
         rows = self.step_rows(step)
-        lengths = self.num_tokens[rows]
         if self.capacity is not None:
-            groups = deal(lengths, self.num_visual[rows], self.micro_batches_per_step, self.capacity)
+            groups = deal(self.room[rows], self.num_visual[rows], self.micro_batches_per_step, self.capacity)
             return [rows[group] for group in groups]
+        lengths = self.num_tokens[rows]
         # Rows of like length share a micro batch, so that little is padded; the longest are computed side by side.
         return np.array_split(rows[np.argsort(-lengths, kind="stable")], self.micro_batches_per_step)
 
@@ -210,7 +214,7 @@ class RowsPlan(TrainPlan):
             steps = min(steps_per_epoch, self.num_steps - epoch * steps_per_epoch)
             _, _, end, _ = self._place(epoch * steps_per_epoch + steps - 1)
             lengths = np.zeros(steps * self.global_batch_size, np.int32)
-            lengths[:end] = self.num_tokens[self._epoch(epoch)[0][:end]]
+            lengths[:end] = self.room[self._epoch(epoch)[0][:end]]
             counts = count_first_fit(lengths.reshape(steps, self.global_batch_size), self.capacity)
             most = max(most, int(counts.max()))
         return most
@@ -266,7 +270,7 @@ class TokensPlan(TrainPlan):
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The packs in training order. Which of the rows of one length stand in a pack changes from epoch to epoch."""
         rows = self.mixture.epoch(epoch)
-        lengths = self.num_tokens[rows]
+        lengths = self.room[rows]
         filled, starts = self._filled or fill(lengths, self.max_length, self.mixture.seed)
         rows = rows[place_rows(lengths, filled)]
         order = self.mixture.order_of_packs(epoch, len(starts) - 1)
