@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,12 +65,19 @@ class Tensors:
         return self._read(name)
 
 
-def info_of(name: str, tensor: torch.Tensor) -> TensorInfo:
-    return TensorInfo(name, dtype_code(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
+def describe(name: str, dtype: torch.dtype, shape: Sequence[int], place: Path) -> TensorInfo:
+    """Raises:
+    WeightsError: a dtype that safetensors cannot hold.
+    """
+    try:
+        return TensorInfo(name, dtype_code(str(dtype).removeprefix("torch.")), tuple(shape))
+    except KeyError:
+        raise WeightsError(f"{name} has the dtype {dtype}", where=str(place), expected="plain numbers") from None
 
 
 def of_mapping(tensors: Mapping[str, torch.Tensor], place: Path) -> Tensors:
-    return Tensors(place, {name: info_of(name, tensor) for name, tensor in tensors.items()}, tensors.__getitem__)
+    infos = {name: describe(name, tensor.dtype, tensor.shape, place) for name, tensor in tensors.items()}
+    return Tensors(place, infos, lambda name: tensors[name].detach())
 
 
 def of_file(file: Path) -> Tensors:
@@ -96,7 +103,9 @@ def read_pickle(file: Path) -> tuple[Tensors, str]:
     if not isinstance(held, dict):
         raise WeightsError(f"the file holds a {type(held).__name__}", where=str(file), expected="a dictionary")
     inner = next((held[key] for key in _WRAPPED if isinstance(held.get(key), dict)), held)
-    strangers = [str(name) for name, value in inner.items() if not isinstance(value, torch.Tensor)]
+    strangers = [
+        str(name) for name, value in inner.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))
+    ]
     if strangers or not inner:
         raise WeightsError(
             f"{len(strangers)} of {len(inner)} entries are no tensors: {listed(strangers)}" if inner else "no tensors",

@@ -26,8 +26,7 @@ import torch
 
 from vlmtune.errors import WeightsError
 from vlmtune.weights.foreign import pickles
-from vlmtune.weights.foreign.tensors import Tensors, config_text
-from vlmtune.weights.shards import TensorInfo, dtype_code
+from vlmtune.weights.foreign.tensors import Tensors, config_text, describe
 
 _FLAT_2, _FLAT_3 = "single_partition_of_fp32_groups", "fp32_flat_groups"
 _ALIGNED_TO = 2  # numbers per rank: DeepSpeed pads each flat group of ZeRO-1 and -2 to a multiple of this × ranks
@@ -62,16 +61,20 @@ def read_zero(folder: Path) -> tuple[Tensors, str]:
     models = _model_states(folder)
     optims = _rank_files(folder, "optim")
     first = models[0]
-    if not optims:
-        if first.get("param_shapes"):
-            raise WeightsError(
-                "the files of the optimizer (*_optim_states.pt), which hold the weights, are missing",
-                where=str(folder), remedy="Copy the whole folder.",
-            )  # fmt: skip
-        parts = {name: _given(tensor) for name, tensor in first["module"].items()}
-    else:
-        parts = _assemble(folder, models, optims)
-    return _tensors(folder, parts, first), config_text(first)
+    if not optims and first.get("param_shapes"):
+        raise WeightsError(
+            "the files of the optimizer (*_optim_states.pt), which hold the weights, are missing",
+            where=str(folder), remedy="Copy the whole folder.",
+        )  # fmt: skip
+    try:
+        parts = _assemble(folder, models, optims) if optims else _all_given(first["module"])
+        return _tensors(folder, parts, first), config_text(first)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        # Something else stands where a dictionary, a list, a shape or a tensor belongs; which, the name says best.
+        raise WeightsError(
+            f"the contents are not laid out as DeepSpeed does it ({type(error).__name__}: {error})", where=str(folder),
+            remedy="Write the checkpoint with ZeRO-1, -2 or -3, or save its state_dict alone with torch.save.",
+        ) from None  # fmt: skip
 
 
 def _tensors(folder: Path, parts: Mapping[str, _Part], first: Mapping[str, Any]) -> Tensors:
@@ -89,10 +92,7 @@ def _tensors(folder: Path, parts: Mapping[str, _Part], first: Mapping[str, Any])
                 remedy="The files may be of two saves; copy the folder again.",
             ) from None  # fmt: skip
 
-    infos = {
-        name: TensorInfo(name, dtype_code(str(part.dtype).removeprefix("torch.")), part.shape)
-        for name, part in named.items()
-    }
+    infos = {name: describe(name, part.dtype, part.shape, folder) for name, part in named.items()}
     return Tensors(folder, infos, read)
 
 
@@ -183,12 +183,10 @@ def _stage_2(folder: Path, model: Mapping[str, Any], states: Sequence[Mapping[st
     shapes = model["param_shapes"]
     if any(len(groups) != len(shapes) for groups in by_rank):
         raise WeightsError(f"not every rank has the {len(shapes)} parameter groups", where=str(folder))
-    parts = _buffers(model) | {
-        name: _given(tensor) for name, tensor in (model.get("frozen_param_fragments") or {}).items()
-    }
+    parts = _buffers(model) | _all_given(model.get("frozen_param_fragments") or {})
     # Without gradient partitioning (ZeRO-1) frozen parameters lie in `module` only.
     trained = {name for group in shapes for name in group}
-    parts |= {name: _given(tensor) for name, tensor in model["module"].items() if name not in trained | set(parts)}
+    parts |= _all_given({name: tensor for name, tensor in model["module"].items() if name not in trained | set(parts)})
     paddings = states[0].get("param_alignment_paddings")
     for i, group in enumerate(shapes):
         pieces = [groups[i] for groups in by_rank]
@@ -233,11 +231,11 @@ def _uneven(folder: Path, held: int, named: int) -> WeightsError:
 
 def _buffers(model: Mapping[str, Any]) -> dict[str, _Part]:
     names = set(model.get("buffer_names") or ())
-    return {name: _given(tensor) for name, tensor in model["module"].items() if name in names}
+    return _all_given({name: tensor for name, tensor in model["module"].items() if name in names})
 
 
-def _given(tensor: torch.Tensor) -> _Part:
-    return _Part(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+def _all_given(tensors: Mapping[str, torch.Tensor]) -> dict[str, _Part]:
+    return {name: _Part(tuple(tensor.shape), tensor.dtype, tensor.detach) for name, tensor in tensors.items()}
 
 
 def _joined(cuts: Sequence[_Cut], shape: Sequence[int], copy: torch.Tensor | None = None) -> _Part:
@@ -249,11 +247,17 @@ def _joined(cuts: Sequence[_Cut], shape: Sequence[int], copy: torch.Tensor | Non
 
     def read() -> torch.Tensor:
         found = torch.cat([piece for cut in cuts for piece in _pieces(*cut)])[: math.prod(size)].reshape(size)
-        if copy is not None and not torch.allclose(found, copy.float(), rtol=_CLOSE, atol=_TINY, equal_nan=True):
+        if copy is not None and not _alike(found, copy):
             raise _Unlike
         return found
 
     return _Part(size, cuts[0][0][0].dtype, read)
+
+
+def _alike(weights: torch.Tensor, copy: torch.Tensor) -> bool:
+    if torch.equal(weights.to(copy.dtype), copy):  # nearly always, and much faster
+        return True
+    return torch.allclose(weights, copy.float(), rtol=_CLOSE, atol=_TINY, equal_nan=True)
 
 
 def _pieces(vectors: Sequence[torch.Tensor], start: int, length: int) -> Iterator[torch.Tensor]:

@@ -144,6 +144,8 @@ def test_a_file_that_is_cut_off_is_one_paragraph(tmp_path: Path, kept: float, zi
         ([torch.ones(1)], "holds a list"),
         ({"state_dict": {}}, "no tensors"),
         ({"state_dict": {"a": torch.ones(1), "b": 3, "c": "x"}}, "2 of 3 entries are no tensors: b, c"),
+        ({3: torch.ones(1)}, "1 of 1 entries are no tensors: 3"),
+        ({"a": torch.ones(1, dtype=torch.complex64)}, r"a has the dtype torch\.complex64; expected plain numbers"),
         ({"epoch": 3, "lr": 0.1}, "2 of 2 entries are no tensors: epoch, lr"),
     ],
 )
@@ -151,6 +153,12 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path: Path, held: Any, me
     torch.save(held, tmp_path / "x.pth")
     with pytest.raises(WeightsError, match=message):
         read_pickle(tmp_path / "x.pth")
+
+
+def test_parameters_come_as_plain_tensors(tmp_path: Path) -> None:
+    torch.save({"a": torch.nn.Parameter(torch.ones(2))}, tmp_path / "x.pth")
+    found, _ = read_pickle(tmp_path / "x.pth")
+    assert not found.read("a").requires_grad
 
 
 def test_the_configuration_is_taken_only_as_text(tmp_path: Path) -> None:

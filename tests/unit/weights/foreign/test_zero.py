@@ -164,6 +164,14 @@ def test_parts_in_another_order_than_the_16_bit_copy_are_refused(tmp_path: Path)
         found.read("a")
 
 
+def test_another_rounding_of_the_16_bit_copy_is_no_complaint(tmp_path: Path) -> None:
+    file = write_stage_2(tmp_path) / "mp_rank_00_model_states.pt"
+    state = torch.load(file)
+    state["module"]["b"] = torch.nextafter(state["module"]["b"], torch.tensor(1e3, dtype=torch.bfloat16))
+    torch.save(state, file)
+    assert torch.equal(read_zero(tmp_path)[0].read("b"), WEIGHTS["b"])
+
+
 @pytest.mark.parametrize("name", ["mp_rank_01_model_states.pt", "layer_0_expert_1_mp_rank_00_model_states.pt"])
 def test_models_cut_otherwise_are_refused_by_the_file(tmp_path: Path, name: str) -> None:
     write_stage_2(tmp_path)
@@ -179,6 +187,20 @@ def test_foreign_contents_are_refused(tmp_path: Path) -> None:
     write_stage_2(tmp_path)
     torch.save({"optimizer_state_dict": {}}, tmp_path / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
     with pytest.raises(WeightsError, match="no state of a ZeRO optimizer"):
+        read_zero(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("param_shapes", 3), ("param_shapes", [["a"], ["b"]]), ("module", {"a": 3, "x": 4}),
+        ("frozen_param_fragments", {"f": "x"}), ("shared_params", [1]), ("param_shapes", [{"a": "xyz"}, {}]),
+    ],
+)  # fmt: skip
+def test_other_things_in_their_places_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    file = write_stage_2(tmp_path) / "mp_rank_00_model_states.pt"
+    torch.save({**torch.load(file), key: value}, file)
+    with pytest.raises(WeightsError, match="not laid out as DeepSpeed does it"):
         read_zero(tmp_path)
 
 
