@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vlmtune.config.schema import RunConfig
-    from vlmtune.export.write import ExportResult, Verify
+    from vlmtune.export.layers import Mode
+    from vlmtune.export.write import ExportResult
     from vlmtune.infer.session import DtypeName, Session
     from vlmtune.train.run import TrainResult
 
@@ -35,13 +36,15 @@ if TYPE_CHECKING:
         path: str | Path,
         out: str | Path,
         *,
-        layout: str = "native",
+        layout: str | None = None,
         checkpoint: str = "best",
         dtype: DtypeName | None = None,
         base: str | Path | None = None,
-        verify: Verify = "full",
+        verify: Mode | None = None,
         overwrite: bool = False,
         device: str | None = None,
+        lora_alpha: float | None = None,
+        second_adapter: str | Path | None = None,
     ) -> ExportResult:
         """Write a plain transformers folder of a trained model. See `vlmtune.export.write.export`."""
 

@@ -94,6 +94,16 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(place).free
 
 
+def free_memory() -> int | None:
+    """Bytes of memory that processes can get without swapping (Linux: MemAvailable); None where nothing says it."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0][1]) if found else None
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object, as it stands in the file."""
     value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -8,10 +8,11 @@ import resource
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 
 from vlmtune.errors import VlmtuneError
-from vlmtune.files import free_bytes, sha256, write_atomic
+from vlmtune.files import free_bytes, free_memory, sha256, write_atomic
 
 
 def test_text_and_bytes_are_written_and_folders_made(tmp_path: Path) -> None:
@@ -56,3 +57,8 @@ def test_sha256(tmp_path: Path) -> None:
 
 def test_free_bytes_of_a_folder_to_come(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet") > 0
+
+
+def test_free_memory_is_what_the_kernel_says() -> None:
+    found = free_memory()
+    assert found is not None and found == pytest.approx(psutil.virtual_memory().available, rel=0.2)

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty folder")
     parser.add_argument(
-        "--layout", metavar="NAME", help="how the weights are named: native (transformers') or official (the publisher's, "
-        "for LMDeploy, vLLM and evaluation kits); that of the base if left out",
+        "--layout", metavar="NAME", help="how the weights are named: native (transformers') or official (the "
+        "publisher's, for LMDeploy, vLLM and evaluation kits); that of the base if left out",
     )  # fmt: skip
     parser.add_argument("--checkpoint", default="best", help="of a run folder: best, last, or a step")
     parser.add_argument(
@@ -47,9 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the other of two adapters that InternVL's official code saved apart (language and vision)",
     )  # fmt: skip
     parser.add_argument(
-        "--verify", choices=("full", "none"), default="full",
-        help="full: compare the logits of the written folder with the trained model's, one model in memory at a time; "
-        "none: for a model that does not fit in float32",
+        "--verify", choices=("full", "layers", "none"),
+        help="compare the logits of the written folder with the trained model's. full: one model in memory at a time, "
+        "in float32; layers: one module at a time, for models that do not fit; none: not at all. If left out, full "
+        "where the model fits, else layers",
     )  # fmt: skip
     parser.add_argument("--device", help="where the comparison runs: cpu, cuda, cuda:1 (a GPU if there is one)")
     parser.add_argument("--overwrite", action="store_true", help="replace DIR if it is an earlier export")
@@ -81,6 +82,11 @@ def _print(result: ExportResult) -> None:
     print("tensors: " + ", ".join(f"{number} {kind}" for kind, number in result.counts.items() if number))
     if result.whole_model:
         print(f"merged in memory, not tensor by tensor: {result.whole_model}")
+    if result.comparisons:
+        where = "in memory" if result.weights_in_memory is None else (
+            f"at most {result.weights_in_memory / 1e9:.2g} GB of the weights in memory at once"
+        )  # fmt: skip
+        print(f"comparison: --verify {result.verify}, {where}")
     for one in result.comparisons:
         cast = f" = 2 × the difference of one cast to {result.dtype}" if one.limit == 2 * one.one_cast else ""
         print(
@@ -94,4 +100,6 @@ def _print(result: ExportResult) -> None:
         print(f"gap to the 4-bit model of the training, for information: a logit differs by at most {gaps}")
     if not result.comparisons:
         print("not compared with the trained model (--verify none)")
+    for note in result.notes:
+        print(f"note: {note}")
     print(f"wrote {result.out} ({result.dtype}, layout {result.layout})")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmtune.infer.session import attach
-from vlmtune.weights.names import NameTable, name_table, skeleton
+from vlmtune.weights.names import NameTable, name_table, skeleton, tied_names
 from vlmtune.weights.shards import Shards
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def plan_merge(opened: OpenedFolder, adapter: Path, shards: Shards) -> Merge:
     _refuse_unusual(adapter)
     model = skeleton(opened)
     table = name_table(model, shards.infos, opened.table)
-    tied = _tied(model)
-    _fill_with_stand_ins(model)
+    tied = tied_names(model)
+    fill_with_stand_ins(model)
     wrapped = attach(model, adapter)
     layers, replaced = _changes(wrapped)
     return Merge(_on_disk(layers, table, tied), _on_disk(replaced, table, tied))
@@ -97,18 +97,7 @@ def _refuse_unusual(adapter: Path) -> None:
         raise NotStreamable(f"its initialisation ({config.init_lora_weights}) changes the base")
 
 
-def _tied(model: Any) -> dict[str, str]:
-    """Parameter name -> name of the parameter that it shares its memory with, both ways."""
-    first: dict[int, str] = {}
-    pairs: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = first.setdefault(id(parameter), name)
-        if other != name:
-            pairs[name], pairs[other] = other, name
-    return pairs
-
-
-def _fill_with_stand_ins(model: torch.nn.Module) -> None:
+def fill_with_stand_ins(model: torch.nn.Module, value: float = 0.0, device: torch.device | None = None) -> None:
     """Put tensors of the right shape and of one number in memory where the meta tensors are.
 
     PEFT moves an adapter to the device of its base layer, so on the meta device its numbers would be lost.
@@ -117,7 +106,7 @@ def _fill_with_stand_ins(model: torch.nn.Module) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in made:
-                stand_in = torch.zeros(1).expand(parameter.shape)
+                stand_in = torch.full((1,), value, device=device).expand(parameter.shape)
                 made[id(parameter)] = torch.nn.Parameter(stand_in, requires_grad=False)
             module.register_parameter(name, made[id(parameter)])
 

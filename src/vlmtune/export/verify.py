@@ -88,20 +88,20 @@ def expect(source: Session, dtype: torch.dtype) -> Expected:
             source.model = merged.merge_and_unload(safe_merge=True)
         for parameter in source.model.parameters():
             parameter.data = parameter.data.to(dtype).float()
-        one_cast = [_difference(a, b) for a, b in zip(logits, source.logits(prompts), strict=True)]
+        one_cast = [difference(a, b) for a, b in zip(logits, source.logits(prompts), strict=True)]
     return Expected(prompts=prompts, logits=logits, one_cast=one_cast)
 
 
-def compare(expected: Expected, exported: Session) -> list[Comparison]:
-    """`exported` is the written folder, freshly loaded in float32."""
+def compare(expected: Expected, logits: Sequence[torch.Tensor]) -> list[Comparison]:
+    """`logits` are those of the written folder, freshly loaded in float32, on the expected prompts."""
     found = []
-    rows = zip(expected.prompts, expected.logits, exported.logits(expected.prompts), expected.one_cast, strict=True)
+    rows = zip(expected.prompts, expected.logits, logits, expected.one_cast, strict=True)
     for prompt, before, after, one_cast in rows:
         found.append(
             Comparison(
                 prompt=prompt.origin,
                 num_positions=len(before),
-                difference=_difference(before, after),
+                difference=difference(before, after),
                 limit=max(TOLERANCE, 2 * one_cast),
                 one_cast=one_cast,
             )
@@ -123,5 +123,6 @@ def check(comparisons: Sequence[Comparison], *, where: str) -> None:
             )
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest absolute difference of any number; infinite where the shapes differ."""
     return float((a - b).abs().max()) if a.shape == b.shape else float("inf")

@@ -8,15 +8,16 @@ import secrets
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from vlmtune.config.schema import ImageOptions
 from vlmtune.errors import ExportError, UsageError
-from vlmtune.export import card, files, gap, verify
+from vlmtune.export import card, files, gap, layers, verify
 from vlmtune.export.foreign import Laid, laid_out
 from vlmtune.export.gap import Gap
+from vlmtune.export.layers import Meter, Mode
 from vlmtune.export.merge import NOTHING, NotStreamable, plan_merge
 from vlmtune.export.stream import Stream, plan_route
 from vlmtune.files import free_bytes, read_json, write_json
@@ -30,7 +31,6 @@ from vlmtune.weights.shards import FLOATING, Shards
 
 FORMAT_VERSION = 1
 RECORD = "export.json"
-Verify = Literal["full", "none"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,6 +42,8 @@ class ExportResult:
     whole_model: why the adapter could not be merged tensor by tensor; None when it was (or there is none).
     gap: of a QLoRA run, how far the 4-bit model that was trained is from this one; None for other runs.
     notes: in what way others will use the folder differently from how it was trained.
+    verify: how it was compared with the trained model.
+    weights_in_memory: of a comparison layer by layer, the most bytes of streamed weights there were at once.
     """
 
     out: Path
@@ -54,6 +56,8 @@ class ExportResult:
     whole_model: str | None = None
     gap: Gap | None = None
     notes: list[str] = field(default_factory=list)
+    verify: Mode = "none"
+    weights_in_memory: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -64,6 +68,8 @@ class ExportResult:
             "dtype": self.dtype,
             "tensors": self.counts,
             "merged_as_a_whole_because": self.whole_model,
+            "verify": self.verify,
+            "weights_in_memory": self.weights_in_memory,
             "compared": [one.as_dict() for one in self.comparisons] or "not compared",
             "notes": self.notes,
             "gap_to_the_4bit_model": self.gap.as_dict() if self.gap else None,
@@ -79,7 +85,7 @@ def export(
     checkpoint: str = "best",
     dtype: DtypeName | None = None,
     base: str | Path | None = None,
-    verify: Verify = "full",
+    verify: Mode | None = None,
     overwrite: bool = False,
     device: str | None = None,
     lora_alpha: float | None = None,
@@ -96,7 +102,9 @@ def export(
         checkpoint: of a run folder: ``best``, ``last``, or a step.
         dtype: of the weights written; that of the base if left out (full tuning keeps its checkpoints in float32).
         base: the model folder under an adapter, when it is not where the adapter says.
-        verify: ``full`` compares the logits of the written folder with the trained model's; ``none`` does not.
+        verify: ``full`` compares the logits of the written folder with the trained model's, one model in memory at a
+            time; ``layers`` does so with the weights of one module in memory at a time; ``none`` does not. If left out,
+            ``full`` where the model fits into memory in float32, else ``layers``.
         overwrite: replace `out` if it is an earlier export.
         device: where the comparison runs; a GPU when there is one, if left out.
         lora_alpha: of another trainer's LoRA, where its checkpoint does not hold it.
@@ -105,7 +113,8 @@ def export(
     Raises:
         UsageError: an output folder in use, an unknown layout.
         WeightsError: weights that are missing or do not fit.
-        ExportError: the written model is not the trained one, or the disk is full; nothing is left behind.
+        ExportError: the written model is not the trained one, the disk is full, or the model does not fit into memory
+            for the comparison asked for; nothing is left behind.
     """
     located = locate(path, base=base, checkpoint=checkpoint, foreign=True)
     target = _free_target(Path(out).expanduser().absolute(), located, overwrite=overwrite)
@@ -113,13 +122,13 @@ def export(
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         with laid_out(located, target, alpha=lora_alpha, second=second) as laid:
+            mode = layers.choose(verify, Shards(laid.located.model_folder))
             draft.mkdir(parents=True)
             result = _write(laid, draft, layout, dtype)
             result.out, result.source, result.base = target, located.path, located.base
-            if verify == "full":
-                _compare(laid.located, draft, result, device)
-            elif gap.was_quantised(located):
-                result.gap = gap.skip("--verify none")
+            # What was merged as a whole was in memory as a whole.
+            result.verify = "full" if result.whole_model and mode == "layers" else mode
+            _compare(laid.located, draft, result, device)
         _finish(located, draft, result)
         _swap(draft, target)
     except OSError as error:
@@ -205,17 +214,30 @@ def _merge_whole(located: Located, dtype: torch.dtype, draft: Path) -> dict[str,
 
 
 def _compare(located: Located, draft: Path, result: ExportResult, device: str | None) -> None:
-    """Fills in the comparisons; one model is in memory at a time."""
-    source = load_located(located, device=device, dtype="float32")
-    expected = verify.expect(source, torch_dtype(result.dtype))  # type: ignore[arg-type] # one of FLOATING
-    del source
-    gc.collect()  # the two models need not be in memory together, and PEFT's refer to themselves in circles
+    """Fills in the comparisons asked for; of the two models, one is in memory at a time, in full or layer by layer."""
+    if result.verify == "none":
+        result.gap = gap.skip("--verify none") if gap.was_quantised(located) else None
+        return
+    dtype = torch_dtype(result.dtype)  # type: ignore[arg-type] # one of FLOATING
     # Without the options of the run: the folder must cut pictures as training did by its own files.
     written = Located(path=draft, media=located.media.model_copy(update={"image": ImageOptions()}))
-    result.comparisons = verify.compare(expected, load_located(written, device=device, dtype="float32"))
+    if result.verify == "layers":
+        meter = Meter()
+        expected = layers.expect(located, dtype, device, meter)
+        result.comparisons = layers.compare(expected, written, device, meter)
+        result.weights_in_memory = meter.peak
+    else:
+        source = load_located(located, device=device, dtype="float32")
+        expected = verify.expect(source, dtype)
+        del source
+        gc.collect()  # the two models need not be in memory together, and PEFT's refer to themselves in circles
+        logits = load_located(written, device=device, dtype="float32").logits(expected.prompts)
+        result.comparisons = verify.compare(expected, logits)
     verify.check(result.comparisons, where=str(result.out))
-    if gap.was_quantised(located):
+    if gap.was_quantised(located) and result.verify == "full":
         result.gap = gap.measure(located, expected, device)
+    elif gap.was_quantised(located):
+        result.gap = gap.skip(f"--verify {result.verify}")
 
 
 def _finish(located: Located, draft: Path, result: ExportResult) -> None:

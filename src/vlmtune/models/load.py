@@ -167,6 +167,20 @@ def load_model(
     )
 
 
+def empty_model(opened: OpenedFolder) -> PreTrainedModel:
+    """What `load_model` gives in float32, without its weights: parameters lie on the meta device, buffers are real."""
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(opened.config)
+    config.dtype = torch.float32
+    with init_empty_weights(include_buffers=False):
+        model = opened.family.model_class(opened.folder)(config)
+    model.set_attn_implementation(_attention("sdpa", packs=opened.why_not_packed is None))
+    compat.forget_longest_row(model)
+    opened.family.install(model)
+    return model.eval()
+
+
 def load_weights(
     folder: ModelFolder,
     family: Family,

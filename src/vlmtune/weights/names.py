@@ -53,6 +53,17 @@ def skeleton(opened: OpenedFolder) -> PreTrainedModel:
         return opened.family.model_class(opened.folder)(copy.deepcopy(opened.config))
 
 
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter name -> name of the parameter that it shares its memory with, both ways."""
+    first: dict[int, str] = {}
+    pairs: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other != name:
+            pairs[name], pairs[other] = other, name
+    return pairs
+
+
 def name_table(model: PreTrainedModel, disk_names: Iterable[str], table: WeightTable | None = None) -> NameTable:
     """The table for `disk_names`.
 
