@@ -15,7 +15,7 @@ import pytest
 def adapter_folder(
     tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str], Path]:
-    """`adapter_folder(kind, method)`: a PEFT adapter on language (rank 4) and vision (rank 2) with the projector trained in full.
+    """`adapter_folder(kind, method)`: a PEFT adapter on language (rank 4) and vision (rank 2), the projector in full.
 
     Its weights are random and large enough that forgetting one of them shows.
     """
@@ -37,8 +37,8 @@ def adapter_folder(
                 targets=("language", "vision"),
                 train=("projector",),
             )
+            torch.manual_seed(1)  # the first values of an adapter are random as well
             model = prepare(load_model(opened), opened, tuning)
-            torch.manual_seed(1)
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data += 0.05 * torch.randn_like(parameter)
