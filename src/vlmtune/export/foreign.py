@@ -32,6 +32,10 @@ from vlmtune.weights.shards import Shards, TensorInfo, main_dtype
 
 OFFICIAL = "official"
 _DTYPES = ("float32", "bfloat16", "float16")
+_PROMPTS = (
+    "XTuner trains with a prompt of its own (another system text, all pictures of a turn in front of it); others prompt "
+    "this model as config.json's template says, and `model.chat: xtuner` goes on training as XTuner did"
+)
 _LORA_OPTIONS = ("use_llm_lora", "use_backbone_lora")
 
 
@@ -40,12 +44,14 @@ class Laid:
     """What the usual export goes on with.
 
     located: ordinary folders. in_full: tensors of the model folder that are the checkpoint's, not the base's. dtype:
-    what the base's weights are kept in, where the checkpoint's are wider; None where they are alike.
+    what the base's weights are kept in, where the checkpoint's are wider; None where they are alike. notes: in what way
+    others will use the export differently from how it was trained.
     """
 
     located: Located
     in_full: frozenset[str] = frozenset()
     dtype: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -66,11 +72,12 @@ def laid_out(located: Located, beside: Path, *, alpha: float | None, second: Pat
         _refuse_options(alpha, second, "only checkpoints of other trainers need it")
         yield Laid(located)
         return
-    parts, own = _read(located, alpha, second)
+    parts, own, text = _read(located, alpha, second)
+    notes = (_PROMPTS,) if "xtuner" in text else ()
     room = beside.with_name(f".{beside.name}.{secrets.token_hex(4)}.foreign")
     try:
         room.mkdir(parents=True)
-        yield _lay_out(located, parts, own, room)
+        yield replace(_lay_out(located, parts, own, room), notes=notes)
     finally:
         shutil.rmtree(room, ignore_errors=True)
 
@@ -81,25 +88,27 @@ def _refuse_options(alpha: float | None, second: Path | None, why: str) -> None:
             raise UsageError(f"was given, but {why}", where=option)
 
 
-def _read(located: Located, alpha: float | None, second: Path | None) -> tuple[Parts, Path | None]:
-    """The tensors by their official names, and the folder of their own config.json (None: there is none)."""
+def _read(located: Located, alpha: float | None, second: Path | None) -> tuple[Parts, Path | None, str]:
+    """The tensors by their official names, the folder of their own config.json (None: there is none), and the training
+    configuration as text ("" where the checkpoint holds none).
+    """
     path = located.path
     if located.foreign == "peft":
         _refuse_options(alpha, None, "adapter_config.json says it")
         parts = _adapter(path)
-        return (parts.joined(_adapter(second)) if second else parts), None
+        return (parts.joined(_adapter(second)) if second else parts), None, ""
     _refuse_options(None, second, "this is no adapter that was saved apart")
     if located.foreign == "unmerged":
         _refuse_options(alpha, None, "config.json says it")
-        return sort(Shards(path), alphas.of_official(read_json(path / "config.json"), where=str(path))), path
+        return sort(Shards(path), alphas.of_official(read_json(path / "config.json"), where=str(path))), path, ""
     if located.foreign == "pickle":
         source, text = read_pickle(path)
-        return sort(source, _alpha(alpha, text, None, path)), None
+        return sort(source, _alpha(alpha, text, None, path)), None, text
     folder = rank_folder(path)
     assert folder is not None  # or it would not be of this kind
     source, text = zero.read_zero(folder)
     own = next((place for place in (path, folder.parent) if (place / "config.json").is_file()), None)
-    return sort(source, _alpha(alpha, text, own, path)), own
+    return sort(source, _alpha(alpha, text, own, path)), own, text
 
 
 def _alpha(value: float | None, text: str, own: Path | None, path: Path) -> Alpha:

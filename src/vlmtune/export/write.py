@@ -187,7 +187,7 @@ def _write(laid: Laid, draft: Path, layout: str | None, dtype: DtypeName | None)
         result.counts = stream.counts
     else:
         result.counts = _merge_whole(located, torch_dtype(name), draft)  # type: ignore[arg-type] # one of FLOATING
-    result.notes = opened.family.write_files(opened, layout, draft)
+    result.notes = [*laid.notes, *opened.family.write_files(opened, layout, draft)]
     files.finish_files(draft, opened, name, legacy=layout != NATIVE)
     return result
 

@@ -99,7 +99,7 @@ def test_updates_beside_tensors_in_full(base: Path, before: Weights, tmp_path: P
     """LoRA, and an embedding and a part of the projector that fit into no adapter."""
     own = trained(before, "language_model.model.tok_embeddings", "mlp1.1.")
     halves = lora(before, "attention.wqkv", "attn.qkv", rank=2)
-    text = "model = dict(llm_lora=dict(lora_alpha=6), visual_encoder_lora=dict(lora_alpha=3))"
+    text = "model = dict(type='xtuner.X', llm_lora=dict(lora_alpha=6), visual_encoder_lora=dict(lora_alpha=3))"
     file = xtuner({**own, **halves}, tmp_path / "iter_5.pth", cfg=text)
     result, after = run(file, out, base=base, dtype="float32", verify="full", device="cpu")
     changed = dict(own)
@@ -112,7 +112,8 @@ def test_updates_beside_tensors_in_full(base: Path, before: Weights, tmp_path: P
     for name, value in after.items():
         torch.testing.assert_close(value, changed.get(name, before[name].float()), atol=1e-6, rtol=0)
     assert result.counts["merged"] == 4 and result.counts["replaced"] == len(own)
-    assert all(one.holds for one in result.comparisons)
+    assert len(result.comparisons) == 2 and all(one.holds for one in result.comparisons)
+    assert any("XTuner trains with a prompt of its own" in note for note in result.notes)
 
 
 def save_deepspeed(tensors: Weights, folder: Path, **more: Any) -> Path:
@@ -161,28 +162,36 @@ def test_a_folder_of_deepspeed_as_mmengine_names_it(base: Path, before: Weights,
 
 @pytest.fixture
 def unmerged(base: Path, before: Weights, tmp_path: Path) -> Path:
-    """A checkpoint of the official trainer with LoRA inside, rank 4."""
+    """A checkpoint of the official trainer with LoRA of rank 4 in both towers."""
     folder = tmp_path / "unmerged"
     shutil.copytree(base, folder)
-    halves = lora(before, "attention.wo")
+    halves = lora(before, "attention.wo", "attn.qkv")
     layers = {name.removesuffix(".lora_A.default.weight") for name in halves if ".lora_A." in name}
     named = {}
     for name, value in before.items():
-        wrapped = name.replace("language_model.", "language_model.base_model.model.", 1)
-        layer = wrapped.removesuffix(".weight")
-        named[f"{layer}.base_layer.weight" if layer in layers else wrapped] = value
+        for tower in ("language_model", "vision_model"):
+            name = name.replace(f"{tower}.", f"{tower}.base_model.model.", 1)
+        layer, _, kind = name.rpartition(".")
+        named[f"{layer}.base_layer.{kind}" if layer in layers else name] = value
     save_file({**named, **halves}, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "use_llm_lora": 4}))
+    (folder / "config.json").write_text(json.dumps({**config, "use_llm_lora": 4, "use_backbone_lora": 4}))
     return folder
 
 
 def test_an_unmerged_folder_becomes_a_plain_one(unmerged: Path, before: Weights, out: Path) -> None:
     result, after = run(unmerged, out)
     assert set(after) == set(before)
-    assert result.counts["merged"] == 2 and result.counts["unchanged"] == len(before) - 2 and result.base is None
-    assert json.loads((out / "exported" / "config.json").read_text())["use_llm_lora"] == 0
+    assert result.counts["merged"] == 4 and result.counts["unchanged"] == len(before) - 4 and result.base is None
+    config = json.loads((out / "exported" / "config.json").read_text())
+    assert (config["use_llm_lora"], config["use_backbone_lora"]) == (0, 0)
     assert json.loads((unmerged / "config.json").read_text())["use_llm_lora"] == 4
+    inside = load_file(unmerged / "model.safetensors")
+    at = "vision_model.base_model.model.encoder.layers.1.attn.qkv"
+    update = 2 * inside[f"{at}.lora_B.default.weight"] @ inside[f"{at}.lora_A.default.weight"]
+    name = "vision_model.encoder.layers.1.attn.qkv"
+    torch.testing.assert_close(after[f"{name}.weight"], (before[f"{name}.weight"].float() + update).bfloat16())
+    assert torch.equal(after[f"{name}.bias"], before[f"{name}.bias"])
 
 
 def test_only_export_reads_them(unmerged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
