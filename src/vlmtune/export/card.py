@@ -16,17 +16,37 @@ _NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "rslora": 
 class CardFacts:
     """What is known about an export; empty fields are left out of the card.
 
-    base: name or path of the pretrained model. config: the run's configuration as plain values.
+    layout: how the weights are named: ``native``, or the publisher's. base: name or path of the pretrained model. config: the run's configuration as plain values.
     """
 
     name: str
     base: str
     licence: str | None
     architecture: str
+    layout: str
     dtype: str
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     comparisons: Sequence[Mapping[str, Any]] = ()
+
+
+_NATIVE = (
+    "```python",
+    "from transformers import AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor",
+    "",
+    'model = AutoModelForImageTextToText.from_pretrained("PATH", dtype="auto")',
+    'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+    'image_processor = AutoImageProcessor.from_pretrained("PATH", backend="pil")',
+    "```",
+    "",
+    "`AutoProcessor.from_pretrained` gives tokenizer and image processor in one; for some architectures it needs",
+    "torchvision. `vlmtune chat PATH --image FILE` asks it in a terminal.",
+)
+_OFFICIAL = (
+    "The folder has the publisher's layout: whatever loads the base model (LMDeploy, vLLM, the publisher's own code and",
+    "evaluation kits) loads this one in its place. `vlmtune chat PATH --image FILE` asks it in a terminal, without",
+    "running the Python files beside the weights.",
+)
 
 
 def licence_of(folder: Path) -> str | None:
@@ -76,16 +96,7 @@ def write_card(facts: CardFacts) -> str:
         "",
         "## Load it",
         "",
-        "```python",
-        "from transformers import AutoModelForImageTextToText, AutoTokenizer, AutoImageProcessor",
-        "",
-        'model = AutoModelForImageTextToText.from_pretrained("PATH", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-        'image_processor = AutoImageProcessor.from_pretrained("PATH", backend="pil")',
-        "```",
-        "",
-        "`AutoProcessor.from_pretrained` gives tokenizer and image processor in one; for some architectures it needs",
-        "torchvision. `vlmtune chat PATH --image FILE` asks it in a terminal.",
+        *(_NATIVE if facts.layout == "native" else _OFFICIAL),
         *_check(facts),
         "",
     ]

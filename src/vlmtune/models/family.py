@@ -146,8 +146,10 @@ class Family(Protocol):
     """The interface; tests/families/test_conformance.py is the definition of done for an implementation."""
 
     name: str
-    exif: Literal["apply", "ignore"]
-    """Whether the loaders that this family's users come from turn photos as EXIF says."""
+
+    def exif(self, folder: ModelFolder) -> Literal["apply", "ignore"]:
+        """Whether the loaders that this folder's users come from turn photos as EXIF says."""
+        ...
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is this family's; the first match in the registry wins."""

@@ -51,7 +51,10 @@ _PROCESSOR_PARTS = frozenset({"image_processor", "tokenizer", "video_processor",
 
 class AutoFamily:
     name = "auto"
-    exif: Literal["apply", "ignore"] = "apply"  # as transformers.image_utils.load_image does
+
+    def exif(self, folder: ModelFolder) -> Literal["apply", "ignore"]:
+        del folder
+        return "apply"  # as transformers.image_utils.load_image does
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         return str(config.get("model_type")) in _known_model_types()

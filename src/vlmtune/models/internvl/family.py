@@ -39,7 +39,10 @@ _FRAMES = FrameFormat(before="Frame{number}: ", joint="\n", close="\n")
 
 class InternVLFamily:
     name = "internvl"
-    exif: Literal["apply", "ignore"] = "ignore"  # as the official data loader does
+
+    def exif(self, folder: ModelFolder) -> Literal["apply", "ignore"]:
+        """The official data loader does not; transformers.image_utils.load_image does."""
+        return "apply" if folders.conventions(folder) is None else "ignore"
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         return is_official(config) or config.get("model_type") == InternVLConfig.model_type
