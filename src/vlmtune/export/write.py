@@ -247,6 +247,7 @@ def _finish(located: Located, draft: Path, result: ExportResult) -> None:
         base=card.public_name(_base_name(located)),
         licence=card.licence_of(Path(_base_name(located))),
         architecture=_architecture(draft),
+        layout=result.layout,
         dtype=result.dtype,
         config=config,
         versions=versions(("transformers", "peft", "torch")),

@@ -26,7 +26,6 @@ RECORD = "official.json"
 """config.json of the official folder that a native checkpoint began from."""
 KEPT = "official"
 """Folder with the small files of the official folder that a native export was made from."""
-_CODE = ("*.py",)
 
 
 def conventions(folder: ModelFolder) -> ModelFolder | None:
@@ -52,7 +51,7 @@ def companions(folder: ModelFolder) -> Mapping[str, bytes]:
     if found is None:
         return {}
     record = json.dumps(found.config, indent=2, ensure_ascii=False).encode()
-    return {RECORD: record, **{file.name: file.read_bytes() for file in sorted(folder.path.glob(_CODE[0]))}}
+    return {RECORD: record, **{name: (folder.path / name).read_bytes() for name in _code(folder.path)}}
 
 
 def write_files(opened: OpenedFolder, layout: str, out: Path) -> list[str]:
@@ -76,7 +75,7 @@ def _write_official(opened: OpenedFolder, found: ModelFolder | None, out: Path) 
     kept = folder if found is not None else folder / KEPT
     notes = []
     if kept.is_dir():
-        native.copy_files(kept, out, more=_CODE)
+        native.copy_files(kept, out, more=_code(kept))
     else:
         native.copy_files(folder, out)
         notes.append(
@@ -110,10 +109,15 @@ def _write_native(opened: OpenedFolder, found: ModelFolder, out: Path) -> list[s
     return [f"transformers' InternVLProcessor: {gap}" for gap in pictures.native_gaps(opened.spec)]
 
 
+def _code(folder: Path) -> list[str]:
+    """The Python files that belong to the model; DeepSpeed puts two of its own beside every checkpoint."""
+    return [file.name for file in sorted(folder.glob("*.py")) if not file.name.startswith("zero_to_")]
+
+
 def _keep(source: Path, out: Path, config: Mapping[str, Any] | None = None) -> None:
     """Copies the small official files into `official/`, for an export back."""
     kept = out / KEPT
     kept.mkdir()
-    native.copy_files(source, kept, more=_CODE)
+    native.copy_files(source, kept, more=_code(source))
     if config is not None:
         write_json(kept / "config.json", config)
