@@ -33,8 +33,8 @@ from vlmtune.weights.shards import Shards, TensorInfo, main_dtype
 OFFICIAL = "official"
 _DTYPES = ("float32", "bfloat16", "float16")
 _PROMPTS = (
-    "XTuner trains with a prompt of its own (another system text, all pictures of a turn in front of it); others prompt "
-    "this model as config.json's template says, and `model.chat: xtuner` goes on training as XTuner did"
+    "XTuner trains with a prompt of its own (another system text, all pictures of a turn in front of it); others "
+    "prompt this model as config.json's template says, and `model.chat: xtuner` goes on training as XTuner did"
 )
 _LORA_OPTIONS = ("use_llm_lora", "use_backbone_lora")
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from vlmtune.config.hub import HUB_ID
 from vlmtune.config.schema import FORMAT_VERSION, MediaOptions
 from vlmtune.errors import UsageError, WeightsError
-from vlmtune.weights.foreign.recognise import WORDS, Kind, recognise
+from vlmtune.weights.foreign.recognise import EXPORT_FIRST, WORDS, Kind, recognise
 
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_FILE = "run.yaml"
@@ -86,7 +86,7 @@ def _foreign(path: Path, kind: Kind, base: str | Path | None, *, welcome: bool) 
     if not welcome:
         raise UsageError(
             f"this is {WORDS[kind]}", where=str(path), expected="a model folder, an adapter, or a run folder",
-            remedy="Make a model folder of it first: `vlmtune export PATH --base MODEL -o DIR`.",
+            remedy=EXPORT_FIRST,
         )  # fmt: skip
     if kind == "unmerged" and base is not None:
         raise UsageError("--base was given, but this checkpoint holds the whole model", where=str(path))

@@ -27,6 +27,7 @@ from vlmtune.models.registry import detect
 from vlmtune.models.text import TextEncoder
 from vlmtune.nn.attention import PACKED
 from vlmtune.weights import strict
+from vlmtune.weights.foreign.recognise import EXPORT_FIRST, WORDS, recognise
 from vlmtune.weights.layout import WeightTable
 from vlmtune.weights.loading import conversion_rules
 
@@ -36,6 +37,9 @@ _NOT_FETCHED = ["*.py", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx",
 def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
     """Reads config.json of a folder, or fetches a hub id first."""
     folder = Path(path)
+    kind = recognise(folder)
+    if kind is not None:
+        raise WeightsError(f"this is {WORDS[kind]}", where=f"model.path: {path}", remedy=EXPORT_FIRST)
     if not folder.is_dir():
         folder = _fetch(str(path))
     file = folder / "config.json"
@@ -112,7 +116,7 @@ def open_folder(path: str | os.PathLike[str], media: MediaOptions | None = None)
         components=family.components(folder),
         why_not_packed=family.why_not_packed(config),
         shared_length=family.shared_length(config),
-        media=media.model_copy(update={"exif": media.exif or family.exif}),
+        media=media.model_copy(update={"exif": media.exif or family.exif(folder)}),
         boxes=_box_format(folder, family, spec, media),
     )
 

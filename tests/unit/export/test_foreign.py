@@ -22,6 +22,7 @@ from vlmtune.errors import ExportError, UsageError, WeightsError
 from vlmtune.export import foreign
 from vlmtune.export.write import ExportResult, export
 from vlmtune.infer.locate import locate
+from vlmtune.models.load import open_folder
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -199,6 +200,8 @@ def test_only_export_reads_them(unmerged: Path, tmp_path: Path, capsys: pytest.C
     for path, words in ((unmerged, "whose LoRA is not merged"), (tmp_path / "iter_5.pth", "a pickled checkpoint")):
         with pytest.raises(UsageError, match=rf"{words}; .*Make a model folder of it first: `vlmtune export"):
             locate(path)
+        with pytest.raises(WeightsError, match=rf"model\.path: .*{words}\. Make a model folder of it first"):
+            open_folder(path)
         assert main(["info", str(path)]) == 2
         assert words in capsys.readouterr().err
 

@@ -16,6 +16,9 @@ WORDS: dict[Kind, str] = {
     "unmerged": "a checkpoint of the official trainer whose LoRA is not merged",
     "peft": "an adapter with the official names of its layers",
 }
+EXPORT_FIRST = (
+    "Make a model folder of it first: `vlmtune export PATH -o DIR`, with --base MODEL where it holds no whole model."
+)
 ADAPTER = "adapter_model.safetensors"
 LATEST = "latest"
 """DeepSpeed's file beside the folder of a step, with that folder's name."""
