@@ -6,8 +6,8 @@ import pytest
 from tiny import IM_TEMPLATE, make_tokenizer
 
 from vlmtune.errors import WeightsError
-from vlmtune.models.template import probe
 from vlmtune.models.family import ChatFormat
+from vlmtune.models.template import probe
 from vlmtune.models.text import TextEncoder
 
 IMAGE = "<image>"

@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from official_models import official_folder
 from tiny import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from vlmtune.config.schema import ChatStyle
+from vlmtune.config.schema import ChatStyle, MediaOptions
 from vlmtune.data.lay import lay
 from vlmtune.data.sample import Image, MediaRef, Message, Part, Text
 from vlmtune.errors import ConfigError, WeightsError
 from vlmtune.models.family import ChatFormat, ModelFolder
 from vlmtune.models.internvl.chat import native_chat, official_chat
 from vlmtune.models.internvl.jinja import jinja
+from vlmtune.models.load import open_folder
+from vlmtune.models.native import refuse_style
 from vlmtune.models.template import lay_text, probe
 from vlmtune.models.text import TextEncoder
 
@@ -122,3 +125,17 @@ def test_xtuners_form_is_exported_with_a_block_for_each_picture() -> None:
     again = probe(known, jinja(form, known, IM[4], "<video>"), IM[4], TextEncoder(known), place="x")
     turns = [("user", [{"type": "image"}, "Q"])]
     assert lay_text(again, turns, IM[4], prompt=True) == form.opening + "<IMG_CONTEXT>\nQ" + form.bridge
+
+
+def test_the_option_reaches_the_chat_format(tmp_path: Path) -> None:
+    folder = official_folder("internlm2", tmp_path / "internlm2")
+    assert open_folder(folder).chat.block is None
+    assert open_folder(folder, MediaOptions(chat="xtuner")).chat.block == ("<img>", "</img>", "\n")
+    with pytest.raises(ConfigError, match="template is Hermes-2"):
+        open_folder(official_folder("qwen2", tmp_path / "qwen2"), MediaOptions(chat="xtuner"))
+
+
+def test_folders_with_a_chat_template_know_no_other_style() -> None:
+    refuse_style("official")
+    with pytest.raises(ConfigError, match="brings its own chat template"):
+        refuse_style("xtuner")
