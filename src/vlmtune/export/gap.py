@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from vlmtune.config.schema import LoraTuning
-from vlmtune.data.sample import Sample
+from vlmtune.data.sample import Encoded
 from vlmtune.errors import VlmtuneError
 from vlmtune.infer.locate import Located
 from vlmtune.infer.session import Session, attach, choose_device
@@ -76,7 +76,7 @@ def measure(located: Located, expected: Expected, device: str | None) -> Gap:
 
 
 def _differences(
-    prompts: Sequence[Sample], exact: Sequence[torch.Tensor], rounded: Sequence[torch.Tensor]
+    prompts: Sequence[Encoded], exact: Sequence[torch.Tensor], rounded: Sequence[torch.Tensor]
 ) -> dict[str, float]:
     rows = zip(prompts, exact, rounded, strict=True)
     return {prompt.origin: float((a - b).abs().max()) for prompt, a, b in rows}

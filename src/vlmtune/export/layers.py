@@ -33,7 +33,7 @@ from vlmtune.weights.strict import listed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from vlmtune.data.sample import Sample
+    from vlmtune.data.sample import Encoded
     from vlmtune.models.family import OpenedFolder
 
 Mode = Literal["full", "layers", "none"]
@@ -75,8 +75,9 @@ def choose(asked: Mode | None, source: Shards) -> Mode:
 @torch.no_grad()
 def expect(located: Located, dtype: torch.dtype, device: str | None, meter: Meter) -> Expected:
     """`verify.expect`, layer by layer: the base under its adapter, not merged; then the merged weights, cast once."""
-    prompts = verify.fixed_prompts()
-    logits = ask(open_source(located, device, meter), prompts, "asking the trained model")
+    source = open_source(located, device, meter)
+    prompts = tuple(source.encode(prompt) for prompt in verify.fixed_prompts())
+    logits = ask(source, prompts, "asking the trained model")
     one_cast = [0.0] * len(prompts)
     if dtype != torch.float32:
         cast = ask(_open_cast(located, dtype, device, meter), prompts, f"asking it after one cast to {dtype}")
@@ -89,7 +90,7 @@ def compare(expected: Expected, written: Located, device: str | None, meter: Met
     return verify.compare(expected, ask(open_source(written, device, meter), expected.prompts, "asking the export"))
 
 
-def ask(session: Session, prompts: Sequence[Sample], label: str) -> list[torch.Tensor]:
+def ask(session: Session, prompts: Sequence[Encoded], label: str) -> list[torch.Tensor]:
     """Logits of the prompts, as `Session.logits` gives them.
 
     Raises:

@@ -14,11 +14,13 @@ import numpy as np
 import PIL.Image
 import torch
 
-from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text
+from vlmtune.data.encode import encode_prompt
+from vlmtune.data.sample import Encoded, Image, MediaRef, Message, Sample, Text
 from vlmtune.errors import ExportError
 
 if TYPE_CHECKING:
     from vlmtune.infer.session import Session
+    from vlmtune.models.family import OpenedFolder
 
 TOLERANCE = 2e-4
 """Largest absolute difference of a logit in float32."""
@@ -69,7 +71,8 @@ def _picture() -> bytes:
 class Expected:
     """What the export must reproduce: logits of the fixed prompts, and for 16 bits the unavoidable difference."""
 
-    prompts: tuple[Sample, ...]
+    prompts: tuple[Encoded, ...]
+    """As the trained model reads them: the export is asked the same ids and pixels."""
     logits: Sequence[torch.Tensor]
     one_cast: Sequence[float]
 
@@ -79,7 +82,7 @@ def expect(source: Session, dtype: torch.dtype) -> Expected:
     """Ask the trained model, loaded in float32. Its adapter is merged and its weights are cast on the way: `source`
     must not be used afterwards.
     """
-    prompts = fixed_prompts()
+    prompts = tuple(source.encode(prompt) for prompt in fixed_prompts())
     logits = source.logits(prompts)
     one_cast = [0.0] * len(prompts)
     if dtype != torch.float32:
@@ -107,6 +110,15 @@ def compare(expected: Expected, logits: Sequence[torch.Tensor]) -> list[Comparis
             )
         )
     return found
+
+
+def reads_otherwise(trained: OpenedFolder, exported: OpenedFolder) -> list[str]:
+    """The prompts that the exported folder, by its own files, makes other ids of than training did."""
+    return [
+        prompt.origin
+        for prompt in fixed_prompts()
+        if encode_prompt(prompt, trained).input_ids.tolist() != encode_prompt(prompt, exported).input_ids.tolist()
+    ]
 
 
 def check(comparisons: Sequence[Comparison], *, where: str) -> None:

@@ -234,6 +234,12 @@ def _compare(located: Located, draft: Path, result: ExportResult, device: str | 
         logits = load_located(written, device=device, dtype="float32").logits(expected.prompts)
         result.comparisons = verify.compare(expected, logits)
     verify.check(result.comparisons, where=str(result.out))
+    trained = open_folder(located.model_folder, located.media)
+    if others := verify.reads_otherwise(trained, open_folder(draft, written.media)):
+        result.notes.append(
+            f"the {' and the '.join(others)} become other ids by the folder's own files than in training: its readers "
+            "have another chat template for this model; give them the system text and template of training"
+        )
     if gap.was_quantised(located) and result.verify == "full":
         result.gap = gap.measure(located, expected, device)
     elif gap.was_quantised(located):

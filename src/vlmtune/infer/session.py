@@ -114,11 +114,11 @@ class Session:
         own = trained[gaps[-1] + 1 :] if len(gaps) else trained
         return self._text(row.input_ids[own].tolist())
 
-    def logits(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
-        """Next-token logits of each prompt: float32 (T, vocabulary) on the CPU, one sample at a time."""
+    def logits(self, prompts: Sequence[Sample | Encoded]) -> list[torch.Tensor]:
+        """Next-token logits of each prompt: float32 (T, vocabulary) on the CPU, one at a time."""
         found = []
-        for sample in samples:
-            inputs = self.inputs([self.encode(sample)])
+        for prompt in prompts:
+            inputs = self.inputs([prompt if isinstance(prompt, Encoded) else self.encode(prompt)])
             with torch.inference_mode():
                 found.append(self.model(**inputs, use_cache=False).logits[0].float().cpu())
         return found
