@@ -31,7 +31,8 @@ from vlmtune.weights.foreign.recognise import EXPORT_FIRST, WORDS, recognise
 from vlmtune.weights.layout import WeightTable
 from vlmtune.weights.loading import conversion_rules
 
-_NOT_FETCHED = ["*.py", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]
+# Python files are fetched: they are never run, but an export in the publisher's layout hands them on.
+_NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]
 
 
 def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
@@ -60,7 +61,7 @@ def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
 
 
 def _fetch(name: str) -> Path:
-    """Downloads a hub repository's safetensors and configuration; no code, no pickles."""
+    """Downloads a hub repository's safetensors and small files; no pickles."""
     import huggingface_hub
 
     if not HUB_ID.fullmatch(name):
