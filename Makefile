@@ -40,6 +40,7 @@ format: $(VENV)/installed-dev ## format the code
 
 bench: $(VENV)/installed-bench ## the measurements of docs/performance.md
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/internvl.py
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/quick.py

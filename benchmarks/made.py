@@ -10,14 +10,20 @@ import json
 import os
 import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from vlmtune.models.load import open_folder
+from vlmtune.weights import shards
+from vlmtune.weights.names import saved_links, skeleton
+from vlmtune.weights.shards import TensorInfo
 
 _VOCABULARY = 20_000
 
@@ -92,19 +98,25 @@ def write_rows(file: Path, count: int, pictures: Sequence[str], *, words: tuple[
             out.write(json.dumps(row) + "\n")
 
 
-def write_llava(folder: Path, *, hidden_size: int, layers: int, image_size: int = 112, patch_size: int = 14) -> Path:
-    """A LLaVA folder that plain transformers (and TRL) can open without torchvision."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _bpe(special: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE of 16,000 tokens over made-up sentences."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=16_000,
-        special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator((sentence(random.Random(n), 100) for n in range(5000)), trainer)
+    return bpe
+
+
+def write_llava(folder: Path, *, hidden_size: int, layers: int, image_size: int = 112, patch_size: int = 14) -> Path:
+    """A LLaVA folder that plain transformers (and TRL) can open without torchvision."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe = _bpe(["<pad>", "<s>", "</s>", "<image>"])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -140,4 +152,64 @@ def write_llava(folder: Path, *, hidden_size: int, layers: int, image_size: int 
     )
     torch.manual_seed(0)
     transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+_MARKS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
+
+
+def write_internvl(
+    folder: Path,
+    *,
+    text: Mapping[str, Any],
+    vision: Mapping[str, Any],
+    dtype: str = "bfloat16",
+    shard_bytes: int = 10**9,
+) -> Path:
+    """An official InternVL folder with random weights, written tensor by tensor.
+
+    text, vision: of llm_config (InternLM2, whose attention is fused) and vision_config: their sizes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_bpe(_MARKS), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.save_pretrained(folder)
+    decoder = {"model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False, **text}
+    tower = {"architectures": ["InternVisionModel"], "norm_type": "layer_norm", "qkv_bias": True, **vision}
+    config = {
+        "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "template": "internlm2-chat",
+        "downsample_ratio": 0.5, "force_image_size": vision["image_size"], "max_dynamic_patch": 6, "ps_version": "v2",
+        "select_layer": -1, "use_thumbnail": True, "torch_dtype": dtype,
+        "llm_config": decoder, "vision_config": {"qk_normalization": False, **tower},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    opened = open_folder(folder)
+    model = skeleton(opened)
+    state, code = model.state_dict(), shards.dtype_code(dtype)
+    links = saved_links(model, state, opened.layouts[opened.layout])
+    plan = [
+        TensorInfo(
+            disk, code, (sum(state[one].shape[0] for one in link.parameters), *state[link.parameters[0]].shape[1:])
+        )
+        for disk, link in links.items()
+    ]
+    shapes = {info.name: info.shape for info in plan}
+    generator = torch.Generator().manual_seed(0)
+
+    def made(name: str) -> torch.Tensor:
+        shape, kind = shapes[name], getattr(torch, dtype)
+        if len(shape) > 1:
+            return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.02).to(kind)
+        return (torch.zeros if name.endswith("bias") else torch.ones)(shape, dtype=kind)
+
+    shards.write_shards(folder, plan, made, max_shard_bytes=shard_bytes)
+    return folder
+
+
+def cut_into_shards(folder: Path, shard_bytes: int) -> Path:
+    """The single file of a folder as several, each of at most `shard_bytes`."""
+    source = shards.Shards(folder)
+    shards.write_shards(folder, list(source.infos.values()), source.read, max_shard_bytes=shard_bytes)
+    (folder / shards.SINGLE).unlink()
     return folder
