@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no larger ones either
 
 _BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
@@ -149,11 +150,18 @@ def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
     if index.is_file():
         try:
             listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            names = [str(name) for name in dict.fromkeys(listed.values())]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise WeightsError(
                 f"the index cannot be read ({error})", where=str(index), expected="JSON with a weight_map"
             ) from None
-        files = [folder / name for name in dict.fromkeys(listed.values())]
+        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            raise WeightsError(
+                f"the index names {outside[0]!r}, which lies outside the folder", where=str(index),
+                expected="shards beside the index", remedy="Do not use this folder; download the model again.",
+            )  # fmt: skip
+        files = [folder / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise WeightsError(
@@ -183,14 +191,14 @@ def read_header(file: Path) -> list[TensorInfo]:
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 2 <= length <= size - 8:
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
             raise _broken(file, "no safetensors header")
         try:
             header: dict[str, Any] = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             ends = sorted((v["data_offsets"][0], v["data_offsets"][1], k) for k, v in header.items())
-            infos = [TensorInfo(k, header[k]["dtype"], tuple(header[k]["shape"])) for _, _, k in ends]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            infos = [TensorInfo(k, header[k]["dtype"], tuple(map(int, header[k]["shape"]))) for _, _, k in ends]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise _broken(file, "a safetensors header that cannot be read") from None
     for info in infos:
         if info.dtype not in _BYTES:

@@ -129,6 +129,40 @@ def test_a_missing_shard_and_a_lost_tensor_are_named(tmp_path: Path) -> None:
         Shards(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["../model.safetensors", "{root}/model.safetensors", "a/../../model.safetensors"])
+def test_an_index_cannot_lead_out_of_the_folder(place: str, tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / SINGLE)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(TENSORS, place.format(root=tmp_path))}))
+    with pytest.raises(WeightsError, match="lies outside the folder"):
+        Shards(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"weight_map": ["a"]}', '{"weight_map": ' + "[" * 100_000], ids=len)
+def test_an_index_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(WeightsError, match="the index cannot be read"):
+        Shards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "header", [b"[" * 100_000, b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}'], ids=len
+)
+def test_a_header_of_another_form_is_refused(header: bytes, tmp_path: Path) -> None:
+    (tmp_path / SINGLE).write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(WeightsError, match="a safetensors header that cannot be read"):
+        Shards(tmp_path)
+
+
+def test_a_header_is_not_read_into_memory_whatever_its_size(tmp_path: Path) -> None:
+    with (tmp_path / SINGLE).open("wb") as file:
+        file.write(struct.pack("<Q", 10**10))
+        file.truncate(10**10 + 8)  # takes no space
+    with pytest.raises(WeightsError, match="no safetensors header"):
+        Shards(tmp_path)
+
+
 def test_a_folder_without_safetensors_says_so(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(WeightsError, match="no weights in safetensors files"):

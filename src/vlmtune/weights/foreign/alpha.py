@@ -83,7 +83,7 @@ def _settings(text: str, names: tuple[str, ...]) -> dict[str, Any]:
     """The plain values of ``llm_lora = dict(…)`` wherever it stands in a configuration; {} where it is not clear."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two of text nested too deep
         return {}
     found = [dict(_plain(value)) for name, value in _named(tree) if name in names]
     found = [settings for settings in found if settings]

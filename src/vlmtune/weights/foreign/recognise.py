@@ -77,5 +77,5 @@ def _is_unmerged(folder: Path) -> bool:
         if not isinstance(config, dict) or config.get("model_type") != _OFFICIAL:
             return False
         return any(".lora_A." in name for name in Shards(folder).infos)
-    except (OSError, ValueError, WeightsError):
+    except (OSError, ValueError, RecursionError, WeightsError):
         return False  # whoever opens the folder as a model says what is wrong with it

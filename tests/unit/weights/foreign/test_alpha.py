@@ -38,6 +38,7 @@ model = dict(
         ("llm_lora = dict(lora_alpha=alpha)", None, None),
         ("llm_lora = dict(lora_alpha=True)", None, None),
         ("llm_lora = None", None, None),
+        pytest.param("llm_lora = " + "-" * 200_000 + "1", None, None, id="nested too deep"),
         ("lora_alpha = 8", None, None),
         ("this is no python (", None, None),
         ("", None, None),
