@@ -196,13 +196,14 @@ def _content(token: Any) -> str:
 
 
 def _prefix(settings: Mapping[str, Any]) -> str:
-    """never: no space is put before a text; first: before the whole text; always: before every part of it."""
-    if str(settings.get("tokenizer_class")).startswith("InternLM"):
-        return "model"
-    if settings.get("add_prefix_space") is False:
-        return "never"
+    """never: no space is put before a text; first: before the whole text; model: before every part of it, if the
+    SentencePiece model says so (Llama's does, Yi's does not).
+    """
     # Left out, `legacy` is true: transformers' LlamaTokenizer before `legacy` was introduced.
-    return "always" if settings.get("legacy", True) in (True, None) else "first"
+    legacy = settings.get("legacy", True) in (True, None)
+    if legacy or str(settings.get("tokenizer_class")).startswith("InternLM"):
+        return "model"
+    return "never" if settings.get("add_prefix_space") is False else "first"
 
 
 @dataclass(frozen=True, slots=True)

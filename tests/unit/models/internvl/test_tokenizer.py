@@ -89,18 +89,29 @@ def test_places_in_pictures_may_be_written_by_anyone(tmp_path: Path) -> None:
     [
         ({"legacy": False}, ["▁", "▁a", "<|im_end|>", "a"], ["▁a"]),
         ({"legacy": True}, ["▁", "▁a", "<|im_end|>", "▁a"], ["▁a"]),
+        ({"legacy": True, "add_prefix_space": False}, ["▁", "▁a", "<|im_end|>", "▁a"], ["▁a"]),
         ({"legacy": False, "add_prefix_space": False}, ["▁a", "<|im_end|>", "a"], ["a"]),
     ],
 )
 def test_llama_puts_a_space_in_front(
     tmp_path: Path, settings_: dict[str, Any], together: list[str], apart: list[str]
 ) -> None:
-    tokenizer = open_tokenizer(folder(tmp_path, tokenizer_class="LlamaTokenizer", **settings_))
+    model = {"add_dummy_prefix": True}
+    tokenizer = open_tokenizer(folder(tmp_path, tokenizer_class="LlamaTokenizer", spec=model, **settings_))
     assert plain(tokenizer, " a<|im_end|>a") == together
     assert plain(tokenizer, "a") == apart
     wanted = (259,) if "add_prefix_space" not in settings_ and not settings_["legacy"] else ()
     assert lone_space(tokenizer, "<|im_start|>") == wanted
     assert lone_space(tokenizer, "<s>") == ()
+
+
+@pytest.mark.parametrize("settings_", [{}, {"legacy": True}, {"legacy": None}])
+def test_yi_puts_no_space_in_front(tmp_path: Path, settings_: dict[str, Any]) -> None:
+    """Its SentencePiece model is trained without (arXiv 2403.04652, 2.2), and the old LlamaTokenizer asks the model."""
+    spec = {"add_dummy_prefix": False}
+    tokenizer = open_tokenizer(folder(tmp_path, tokenizer_class="LlamaTokenizer", spec=spec, **settings_))
+    assert plain(tokenizer, "ab<|im_end|>a") == ["ab", "<|im_end|>", "a"]
+    assert tokenizer.decode(tokenizer(" ab", add_special_tokens=False).input_ids) == " ab"
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
