@@ -16,7 +16,8 @@ _NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "rslora": 
 class CardFacts:
     """What is known about an export; empty fields are left out of the card.
 
-    layout: how the weights are named: ``native``, or the publisher's. base: name or path of the pretrained model. config: the run's configuration as plain values.
+    layout: how the weights are named: ``native``, or the publisher's. base: name or path of the pretrained model.
+    config: the run's configuration as plain values.
     """
 
     name: str
@@ -43,8 +44,8 @@ _NATIVE = (
     "torchvision. `vlmtune chat PATH --image FILE` asks it in a terminal.",
 )
 _OFFICIAL = (
-    "The folder has the publisher's layout: whatever loads the base model (LMDeploy, vLLM, the publisher's own code and",
-    "evaluation kits) loads this one in its place. `vlmtune chat PATH --image FILE` asks it in a terminal, without",
+    "The folder has the publisher's layout: whatever loads the base model (LMDeploy, vLLM, the publisher's own code",
+    "and evaluation kits) loads this one in its place. `vlmtune chat PATH --image FILE` asks it in a terminal, without",
     "running the Python files beside the weights.",
 )
 
