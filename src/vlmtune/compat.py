@@ -85,6 +85,7 @@ def conversion_rules(model_type: str, rules: Sequence[Any]) -> Iterator[None]:
     transformers 5.23: rules can be given to its loader only through a registry of the whole process.
     """
     before = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+    listed = model_type in conversion_mapping.USER_REGISTERED_MAPPINGS
     conversion_mapping.register_checkpoint_conversion_mapping(model_type, list(rules), overwrite=True)
     try:
         yield
@@ -94,7 +95,8 @@ def conversion_rules(model_type: str, rules: Sequence[Any]) -> Iterator[None]:
             cache.pop(model_type)
         else:
             cache[model_type] = before
-        conversion_mapping.USER_REGISTERED_MAPPINGS.discard(model_type)
+        if not listed:
+            conversion_mapping.USER_REGISTERED_MAPPINGS.discard(model_type)
 
 
 def restore_conversions(model: Any) -> None:

@@ -120,6 +120,21 @@ def test_rules_for_other_layouts_can_only_be_registered(tiny_folder: Callable[[s
     assert "internvl" not in conversion_mapping.USER_REGISTERED_MAPPINGS
 
 
+def test_rules_go_when_they_are_left_whatever_happens_inside() -> None:
+    def names() -> list[str]:
+        return [type(rule).__name__ for rule in conversion_mapping.get_checkpoint_conversion_mapping("internvl")]
+
+    before = names()
+    with compat.conversion_rules("internvl", ["outer"]):
+        with pytest.raises(OSError, match="lost"), compat.conversion_rules("internvl", [1]):
+            assert names() == ["int"]
+            raise OSError("lost")
+        assert names() == ["str"]
+        assert "internvl" in conversion_mapping.USER_REGISTERED_MAPPINGS
+    assert names() == before
+    assert "internvl" not in conversion_mapping.USER_REGISTERED_MAPPINGS
+
+
 def test_a_model_from_other_rules_is_saved_under_their_names_unless_restored(
     tiny_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

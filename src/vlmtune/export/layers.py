@@ -164,7 +164,7 @@ def _names_on_disk(bare: PreTrainedModel, table: NameTable, source: Shards) -> d
     mismatched = []
     for name, place in found.items():
         link = links[place]
-        shape = link.op.shapes(source.infos[link.disk].shape)[link.parameters.index(place)]
+        shape = link.shapes(source.infos[link.disk].shape)[link.parameters.index(place)]
         if shape != tuple(state[name].shape):
             mismatched.append((name, shape, tuple(state[name].shape)))
     missing = [name for name, place in places.items() if place is None]

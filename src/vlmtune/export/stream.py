@@ -115,7 +115,7 @@ class Stream:
     def _shape(self, parameter: str) -> tuple[int, ...]:
         link = self._route.sources[parameter]
         whole = self._source.infos[link.disk].shape
-        return link.op.shapes(whole)[link.parameters.index(parameter)]
+        return link.shapes(whole)[link.parameters.index(parameter)]
 
     def _tensor(self, name: str, wanted: str) -> torch.Tensor:
         link = self._route.targets[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -30,9 +31,13 @@ from vlmtune.weights import strict
 from vlmtune.weights.foreign.recognise import EXPORT_FIRST, WORDS, recognise
 from vlmtune.weights.layout import WeightTable
 from vlmtune.weights.loading import conversion_rules
+from vlmtune.weights.shards import Shards
 
 # Python files are fetched: they are never run, but an export in the publisher's layout hands them on.
 _NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]
+
+_LOADING = threading.RLock()
+"""The rules of `compat.conversion_rules` are those of the whole process: models of two layouts load one by one."""
 
 
 def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
@@ -53,7 +58,7 @@ def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
             expected="the folder of a pretrained model",
             remedy="An adapter folder is opened by `vlmtune chat`, `eval` and `export`, which look up its base.",
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WeightsError(f"config.json is not JSON: {error}", where=str(file)) from error
     if not isinstance(config, dict):
         raise WeightsError(f"config.json holds a {type(config).__name__}", where=str(file), expected="an object")
@@ -201,8 +206,10 @@ def load_weights(
         table: the layout that the tensors are in; None for transformers' own.
         options: of transformers' `from_pretrained`.
     """
+    if table is not None:
+        _check_cuts(folder.path, table)
     try:
-        with _reading(config, table):
+        with _LOADING, _reading(config, table):
             loaded: Any = family.model_class(folder).from_pretrained(
                 folder.path,
                 config=copy.deepcopy(config),
@@ -224,6 +231,13 @@ def load_weights(
     compat.forget_longest_row(model)
     family.install(model)
     return cast(PreTrainedModel, model)
+
+
+def _check_cuts(folder: Path, table: WeightTable) -> None:
+    """Refuses by name a tensor that cannot be taken apart, which transformers reports as a failure of its own."""
+    for info in Shards(folder).infos.values():
+        if link := table.link(info.name):
+            link.shapes(info.shape)
 
 
 def _reading(config: PretrainedConfig, table: WeightTable | None) -> AbstractContextManager[None]:

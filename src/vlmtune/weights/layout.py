@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmtune.weights.ops import KEEP, Op
+from vlmtune.errors import WeightsError
+from vlmtune.weights.ops import KEEP, Op, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,20 @@ class Link:
     disk: str
     parameters: tuple[str, ...]
     op: Op = KEEP
+
+    def shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        """Shapes of the parameters of a tensor of shape `whole`.
+
+        Raises:
+            WeightsError: a tensor of this shape cannot be taken apart.
+        """
+        try:
+            return self.op.shapes(whole)
+        except ValueError as error:
+            raise WeightsError(
+                f"the tensor {self.disk} has the shape {whole}", expected=str(error),
+                remedy="Check that config.json belongs to these files.",
+            ) from None  # fmt: skip
 
 
 class WeightTable:

@@ -22,7 +22,11 @@ class Op(Protocol):
     def join(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor: ...
 
     def shapes(self, whole: Shape) -> tuple[Shape, ...]:
-        """Shapes of the parts of a tensor of shape `whole`."""
+        """Shapes of the parts of a tensor of shape `whole`.
+
+        Raises:
+            ValueError: a tensor of this shape cannot be taken apart.
+        """
         ...
 
 
@@ -59,6 +63,8 @@ class Chunk:
         return torch.cat(parts)
 
     def shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        if not whole or whole[0] % self.count:
+            raise ValueError(f"{self.count} equal parts")
         return ((whole[0] // self.count, *whole[1:]),) * self.count
 
 
@@ -93,6 +99,9 @@ class SplitGQA:
         return torch.cat(heads, dim=1).reshape(-1, *rest)
 
     def shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        rows = self.groups * (self.queries + 2) * self.head_dim
+        if not whole or whole[0] != rows:
+            raise ValueError(f"{rows} rows: {self.groups} groups of {self.queries} + 2 heads of {self.head_dim}")
         query = (self.groups * self.queries * self.head_dim, *whole[1:])
         key = (self.groups * self.head_dim, *whole[1:])
         return query, key, key

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from rows import conversation, write_picture
 from safetensors.torch import load_file, save_file
 
+from vlmtune import compat
 from vlmtune.config.schema import ImageOptions, MediaOptions
 from vlmtune.data.encode import encode
 from vlmtune.errors import ConfigError, DataError, WeightsError
@@ -51,6 +54,29 @@ def test_a_shape_that_differs_is_named(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({key: torch.zeros(7)}))
     with pytest.raises(WeightsError, match=r"another shape.*norm\.weight \(7,\) in the file, \(48,\) in the model"):
         load_model(open_folder(folder))
+
+
+def test_models_of_two_layouts_load_one_by_one(
+    tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native, official = open_folder(tiny_folder("internvl")), open_folder(tiny_folder("official-qwen2"))
+    load_model(native)  # what is imported once takes longer than a load
+    found: list[object] = []
+    other = Thread(target=lambda: found.append(load_model(native)))
+    rules = compat.conversion_rules
+
+    @contextmanager
+    def watched(*args: Any) -> Iterator[None]:
+        with rules(*args):
+            other.start()
+            other.join(1.0)
+            assert other.is_alive(), "a native model was read while the official rules held"
+            yield
+
+    monkeypatch.setattr(compat, "conversion_rules", watched)
+    load_model(official)
+    other.join(60)
+    assert len(found) == 1
 
 
 def test_a_truncated_file_is_an_error(folder: Path) -> None:

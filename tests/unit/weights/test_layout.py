@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pytest
+
+from vlmtune.errors import WeightsError
 from vlmtune.weights.layout import Link, Rule, WeightTable
-from vlmtune.weights.ops import Chunk
+from vlmtune.weights.ops import Chunk, Op, SplitGQA
 
 TABLE = WeightTable(
     [
@@ -43,3 +46,17 @@ def test_names_that_only_look_alike_are_not_covered() -> None:
 def test_a_table_travels_to_workers_and_is_never_copied() -> None:
     assert pickle.loads(pickle.dumps(TABLE)).link("head.weight") == TABLE.link("head.weight")
     assert copy.deepcopy(TABLE) is TABLE
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "expected"),
+    [
+        (Chunk(3), (10, 4), "3 equal parts"),
+        (Chunk(3), (), "3 equal parts"),
+        (SplitGQA(groups=2, queries=2, head_dim=4), (24, 4), "32 rows: 2 groups of 2 + 2 heads of 4"),
+    ],
+)
+def test_a_tensor_that_cannot_be_taken_apart_is_named(op: Op, shape: tuple[int, ...], expected: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        Link("qkv", ("q", "k", "v"), op).shapes(shape)
+    assert str(caught.value).startswith(f"the tensor qkv has the shape {shape}; expected {expected}.")

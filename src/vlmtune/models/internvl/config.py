@@ -1,8 +1,8 @@
 """config.json of an official InternVL folder as the configuration of transformers' class, and back.
 
-Source of the fields: OpenGVLab's configuration_internvl_chat.py, configuration_intern_vit.py, configuration_internlm2.py
-and configuration_phi3.py. Fields that only steer generation or that every v4 config carried are left behind; they stay
-in the official config.json, which an export brings back.
+Source of the fields: OpenGVLab's configuration_internvl_chat.py, configuration_intern_vit.py,
+configuration_internlm2.py and configuration_phi3.py. Fields that only steer generation or that every v4 config carried
+are left behind; they stay in the official config.json, which an export brings back.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, InternVLConfig
 
 from vlmtune.errors import WeightsError
@@ -27,6 +28,8 @@ _CAUSAL = {
     "llama": "LlamaForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
+_COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_COPY = "Copy config.json from the model's repository again."
 _QK_NORM_EPS = 1e-6  # fixed in transformers' class
 
 
@@ -61,6 +64,7 @@ def native_config(
     """
     try:
         vision, decoder = config["vision_config"], config["llm_config"]
+        _check_counts(decoder, where)
         return InternVLConfig(
             vision_config=_vision(vision, where),
             text_config=_text(decoder, tied=not has_head, where=where),
@@ -76,8 +80,24 @@ def native_config(
     except KeyError as error:
         raise WeightsError(
             f"config.json has no {error.args[0]!r}", where=where, expected="the fields of an official InternVL folder",
-            remedy="Copy config.json from the model's repository again.",
+            remedy=_COPY,
         ) from error  # fmt: skip
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        # what transformers' classes say of a value of the wrong kind
+        raise WeightsError(f"config.json: {' '.join(str(error).split())}", where=where, remedy=_COPY) from error
+
+
+def _check_counts(decoder: Mapping[str, Any], where: str) -> None:
+    """The numbers that names, shapes and cuts of the decoder's tensors are worked out from."""
+    for name in _COUNTS:
+        if not isinstance(decoder[name], int) or decoder[name] < 1:
+            raise WeightsError(f"llm_config: {name} is {decoder[name]!r}", where=where, expected="a positive number")
+    heads, groups = decoder["num_attention_heads"], decoder.get("num_key_value_heads") or 0
+    if not isinstance(groups, int) or (groups and heads % groups):
+        raise WeightsError(
+            f"llm_config: {heads} heads share num_key_value_heads {groups!r}", where=where, expected="equal groups",
+            remedy=_COPY,
+        )  # fmt: skip
 
 
 def _shuffle(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -137,7 +157,8 @@ def _text(decoder: Mapping[str, Any], *, tied: bool, where: str) -> dict[str, An
 
 def _rope(decoder: Mapping[str, Any]) -> dict[str, Any]:
     scaling = dict(decoder.get("rope_scaling") or {})
-    kind = scaling.pop("type", None) or scaling.pop("rope_type", None) or "default"
+    named = [scaling.pop(key, None) for key in ("rope_type", "type")]  # folders saved by later versions have both
+    kind = next(filter(None, named), "default")
     rope = {
         "rope_type": _ROPE_NAMES.get(kind, kind),
         "rope_theta": float(decoder.get("rope_theta", 10000.0)),
@@ -148,28 +169,27 @@ def _rope(decoder: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def official_of(native: Mapping[str, Any]) -> dict[str, Any]:
+def has_official_name(native: Mapping[str, Any]) -> bool:
+    """Whether `official_of` knows the decoder of a native config.json."""
+    return (native.get("text_config") or {}).get("model_type") in _CAUSAL
+
+
+def official_of(native: Mapping[str, Any], *, has_head: bool) -> dict[str, Any]:
     """An official config.json for a native one that was never official (InternVL 2.5 and later from the hub).
+
+    Args:
+        native: with the defaults of transformers' class, which files may leave out.
+        has_head: the files hold an output head; native configs may call it tied all the same.
 
     Raises:
         WeightsError: a decoder whose official name is not known.
     """
-    text, vision = native["text_config"], native["vision_config"]
-    kind = text["model_type"]
-    if kind not in _CAUSAL:
+    kind = native["text_config"]["model_type"]
+    if not has_official_name(native):
         raise WeightsError(
             f"the decoder {kind!r} has no place in an official folder", where="config.json",
             expected=", ".join(_CAUSAL),
         )  # fmt: skip
-    rope = dict(text.get("rope_parameters") or {})
-    theta, scaled = rope.pop("rope_theta", text.get("rope_theta", 10000.0)), rope.pop("rope_type", "default")
-    decoder = {name: value for name, value in text.items() if name not in ("rope_parameters", "dtype")}
-    decoder.update(
-        architectures=[_CAUSAL[kind]],
-        rope_theta=theta,
-        rope_scaling=None if scaled == "default" else {"type": scaled, **rope},
-    )
-    size, patch = vision["image_size"], vision["patch_size"]
     return {
         "architectures": ["InternVLChatModel"],
         "auto_map": {
@@ -182,25 +202,41 @@ def official_of(native: Mapping[str, Any]) -> dict[str, Any]:
         "ps_version": "v2",
         "select_layer": native.get("vision_feature_layer", -1),
         "template": "internvl2_5",
-        "llm_config": decoder,
-        "vision_config": {
-            "architectures": ["InternVisionModel"],
-            "model_type": "intern_vit_6b",
-            "hidden_size": vision["hidden_size"],
-            "num_hidden_layers": vision["num_hidden_layers"],
-            "num_attention_heads": vision["num_attention_heads"],
-            "intermediate_size": vision["intermediate_size"],
-            "qkv_bias": vision.get("attention_bias", False),
-            "qk_normalization": vision.get("use_qk_norm", False),
-            "hidden_act": vision.get("hidden_act", "gelu"),
-            "dropout": vision.get("hidden_dropout_prob", 0.0),
-            "attention_dropout": vision.get("attention_dropout", 0.0),
-            "norm_type": vision.get("norm_type", "layer_norm"),
-            "layer_norm_eps": vision.get("layer_norm_eps", 1e-6),
-            "image_size": size[0] if isinstance(size, (list, tuple)) else size,
-            "patch_size": patch[0] if isinstance(patch, (list, tuple)) else patch,
-            "num_channels": vision.get("num_channels", 3),
-            "initializer_factor": vision.get("layer_scale_init_value", 0.1),
-        },
-        "tie_word_embeddings": bool(native.get("tie_word_embeddings", False)),
+        "llm_config": {**_official_decoder(native["text_config"]), "tie_word_embeddings": not has_head},
+        "vision_config": _official_tower(native["vision_config"]),
+        "tie_word_embeddings": not has_head,
+    }
+
+
+def _official_decoder(text: Mapping[str, Any]) -> dict[str, Any]:
+    rope = dict(text.get("rope_parameters") or {})
+    theta, scaled = rope.pop("rope_theta", text.get("rope_theta", 10000.0)), rope.pop("rope_type", "default")
+    return {
+        **{name: value for name, value in text.items() if name not in ("rope_parameters", "dtype")},
+        "architectures": [_CAUSAL[text["model_type"]]],
+        "rope_theta": theta,
+        "rope_scaling": None if scaled == "default" else {"type": scaled, **rope},
+    }
+
+
+def _official_tower(vision: Mapping[str, Any]) -> dict[str, Any]:
+    size, patch = vision["image_size"], vision["patch_size"]
+    return {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "hidden_size": vision["hidden_size"],
+        "num_hidden_layers": vision["num_hidden_layers"],
+        "num_attention_heads": vision["num_attention_heads"],
+        "intermediate_size": vision["intermediate_size"],
+        "qkv_bias": vision.get("attention_bias", False),
+        "qk_normalization": vision.get("use_qk_norm", False),
+        "hidden_act": vision.get("hidden_act", "gelu"),
+        "dropout": vision.get("hidden_dropout_prob", 0.0),
+        "attention_dropout": vision.get("attention_dropout", 0.0),
+        "norm_type": vision.get("norm_type", "layer_norm"),
+        "layer_norm_eps": vision.get("layer_norm_eps", 1e-6),
+        "image_size": size[0] if isinstance(size, (list, tuple)) else size,
+        "patch_size": patch[0] if isinstance(patch, (list, tuple)) else patch,
+        "num_channels": vision.get("num_channels", 3),
+        "initializer_factor": vision.get("layer_scale_init_value", 0.1),
     }

@@ -18,22 +18,19 @@ from transformers.models.internvl import InternVLConfig, InternVLForConditionalG
 
 from vlmtune.config.schema import ChatStyle, ImageOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
-from vlmtune.errors import WeightsError
 from vlmtune.files import read_json
 from vlmtune.models import native
 from vlmtune.models.family import NATIVE, BoxFormat, ChatFormat, Components, FrameFormat, ModelFolder, OpenedFolder
 from vlmtune.models.internvl import chat, folders, pictures
 from vlmtune.models.internvl import tokenizer as tokenizers
-from vlmtune.models.internvl.config import decoder_heads, is_official, native_config
+from vlmtune.models.internvl.config import decoder_heads, has_official_name, is_official, native_config
 from vlmtune.models.internvl.pictures import InternVLSpec
 from vlmtune.models.internvl.weights import official_table
 from vlmtune.models.template import probe
 from vlmtune.models.text import TextEncoder
 from vlmtune.weights.layout import WeightTable
-from vlmtune.weights.shards import Shards
 
 OFFICIAL = "official"
-_HEADS = ("language_model.output.weight", "language_model.lm_head.weight")
 _FRAMES = FrameFormat(before="Frame{number}: ", joint="\n", close="\n")
 
 
@@ -60,7 +57,7 @@ class InternVLFamily:
             folder.config,
             context_id=spec.context_id,
             tokens_per_tile=spec.tokens_per_tile,
-            has_head=_has_head(folder),
+            has_head=folders.has_head(folder),
             where=where,
         )
 
@@ -68,7 +65,10 @@ class InternVLFamily:
         return OFFICIAL if is_official(folder.config) else NATIVE
 
     def layouts(self, folder: ModelFolder) -> Mapping[str, WeightTable]:
-        return {OFFICIAL: official_table(decoder_heads(folders.official_config(folder)))}
+        official = folders.official_config(folder)
+        if official is None:
+            return {OFFICIAL: official_table(None)} if has_official_name(folder.config) else {}
+        return {OFFICIAL: official_table(decoder_heads(official))}
 
     def home_layout(self, folder: ModelFolder) -> str:
         return NATIVE if folders.conventions(folder) is None else OFFICIAL
@@ -177,15 +177,6 @@ class InternVLFamily:
         last_used = config.vision_feature_layer % (layers + 1)  # 0 is the embedding, n the output of layer n
         behind = "|".join(str(layer) for layer in range(last_used, layers))
         return rf"model\.vision_tower\.encoder\.layer\.({behind})\..*" if behind else None
-
-
-def _has_head(folder: ModelFolder) -> bool:
-    """Whether the files hold an output head; of a folder without weights, what its config says."""
-    try:
-        names = Shards(folder.path).infos
-    except WeightsError:  # said, with what is missing, when the weights are read
-        return not folder.config["llm_config"].get("tie_word_embeddings", False)
-    return any(name in names for name in _HEADS)
 
 
 def _swap_axes(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

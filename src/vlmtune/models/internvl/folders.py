@@ -15,17 +15,19 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerFast
 
 from vlmtune.config.schema import ImageOptions
-from vlmtune.errors import ExportError
+from vlmtune.errors import ExportError, WeightsError
 from vlmtune.files import read_json, write_json
 from vlmtune.models import native
 from vlmtune.models.family import NATIVE, ModelFolder, OpenedFolder
 from vlmtune.models.internvl import pictures, tokenizer
 from vlmtune.models.internvl.config import is_official, official_of
+from vlmtune.weights.shards import Shards
 
 RECORD = "official.json"
 """config.json of the official folder that a native checkpoint began from."""
 KEPT = "official"
 """Folder with the small files of the official folder that a native export was made from."""
+_HEADS = ("language_model.output.weight", "language_model.lm_head.weight", "lm_head.weight")
 
 
 def conventions(folder: ModelFolder) -> ModelFolder | None:
@@ -36,13 +38,23 @@ def conventions(folder: ModelFolder) -> ModelFolder | None:
     return ModelFolder(folder.path, read_json(record)) if record.is_file() else None
 
 
-def official_config(folder: ModelFolder) -> Mapping[str, Any]:
-    """The official config.json of this model: its own, the one that was kept, or one made from the native one."""
+def official_config(folder: ModelFolder) -> Mapping[str, Any] | None:
+    """The official config.json of this model: its own, or the one that was kept; None if it never had one."""
     found = conventions(folder)
     if found is not None:
         return found.config
     kept = folder.path / KEPT / "config.json"
-    return read_json(kept) if kept.is_file() else official_of(folder.config)
+    return read_json(kept) if kept.is_file() else None
+
+
+def has_head(folder: ModelFolder) -> bool:
+    """Whether the files hold an output head; of a folder without weights, what its config says."""
+    try:
+        names = Shards(folder.path).infos
+    except WeightsError:  # said, with what is missing, when the weights are read
+        text = folder.config.get("llm_config") or folder.config.get("text_config") or {}
+        return not text.get("tie_word_embeddings", False)
+    return any(name in names for name in _HEADS)
 
 
 def companions(folder: ModelFolder) -> Mapping[str, bytes]:
@@ -85,7 +97,9 @@ def _write_official(opened: OpenedFolder, found: ModelFolder | None, out: Path) 
     for name in ("processor_config.json", "chat_template.jinja"):
         if found is None and not (kept / name).is_file():
             (out / name).unlink(missing_ok=True)  # transformers' own, which no official folder has
-    config = {**official_config(opened.folder), **pictures.official_settings(opened.spec)}
+    config = dict(official_config(opened.folder) or {})
+    config = config or official_of(opened.config.to_dict(), has_head=has_head(opened.folder))
+    config.update(pictures.official_settings(opened.spec))
     config.update({name: 0 for name in ("use_backbone_lora", "use_llm_lora") if name in config})
     write_json(out / "config.json", config)
     return notes

@@ -51,6 +51,20 @@ def test_a_native_folder_that_was_never_official_can_become_it(
     names = set(Shards(tmp_path / "official").infos)
     assert "vision_model.encoder.layers.0.attn.qkv.weight" in names and "mlp1.1.weight" in names
     assert open_folder(tmp_path / "official").layout == "official"
+    # The head is the embedding here, and official code would begin with a random one if config.json did not say so.
+    assert not any("lm_head" in name for name in names)
+    assert config_of(tmp_path / "official")["llm_config"]["tie_word_embeddings"] is True
+
+
+def test_a_native_decoder_without_an_official_name_has_the_native_layout_only(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("internvl"), tmp_path / "moe"))
+    config = config_of(folder)
+    config["text_config"] |= {"model_type": "qwen3_moe", "num_experts": 2, "moe_intermediate_size": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    opened = open_folder(folder)
+    assert (opened.layout, dict(opened.layouts)) == ("native", {})
 
 
 def test_layers_behind_the_feature_layer_are_lawful_zeros(tiny_folder: Callable[[str], Path]) -> None:
@@ -74,7 +88,7 @@ def test_an_official_config_survives_the_way_through_the_native_one(
 ) -> None:
     """InternLM2 becomes Llama on the way: its official config.json travels beside instead."""
     official = config_of(tiny_folder(f"official-{decoder}"))
-    back = official_of(native_config(official, **CONTEXT).to_dict())
+    back = official_of(native_config(official, **CONTEXT).to_dict(), has_head=True)
     for part in ("vision_config", "llm_config"):
         shared = set(back[part]) & set(official[part]) - {"torch_dtype"}
         assert len(shared) > 8
@@ -98,8 +112,52 @@ def test_settings_that_transformers_has_no_class_for(
         native_config(config, **CONTEXT)
 
 
-def test_a_missing_field_is_named(tiny_folder: Callable[[str], Path]) -> None:
-    config = config_of(tiny_folder("official-qwen2"))
-    del config["vision_config"]["hidden_size"]
-    with pytest.raises(WeightsError, match=r"config\.json has no 'hidden_size'"):
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("vision_config", "hidden_size"), ("llm_config", "vocab_size"), ("llm_config", "num_attention_heads")],
+)
+def test_a_missing_field_is_named(part: str, name: str, tiny_folder: Callable[[str], Path]) -> None:
+    config = config_of(tiny_folder("official-internlm2"))
+    del config[part][name]
+    with pytest.raises(WeightsError, match=rf"config\.json has no '{name}'"):
         native_config(config, **CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"hidden_size": "64"}, "hidden_size is '64'"),
+        ({"num_key_value_heads": 3}, "4 heads share num_key_value_heads 3"),
+        ({"rope_scaling": "dynamic"}, r"config\.json: .*Copy config\.json"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_one_paragraph(
+    change: dict[str, object], message: str, tiny_folder: Callable[[str], Path]
+) -> None:
+    config = config_of(tiny_folder("official-internlm2"))
+    config["llm_config"].update(change)
+    with pytest.raises(WeightsError, match=message):
+        native_config(config, **CONTEXT)
+
+
+@pytest.mark.parametrize("keys", [("type",), ("rope_type",), ("type", "rope_type")])
+def test_a_scaled_rope_may_be_named_in_either_way(keys: tuple[str, ...], tiny_folder: Callable[[str], Path]) -> None:
+    config = config_of(tiny_folder("official-phi3"))
+    scaling = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, **dict.fromkeys(keys, "su")}
+    config["llm_config"].update(rope_scaling=scaling, original_max_position_embeddings=64)
+    rope = native_config(config, **CONTEXT).text_config.rope_parameters
+    assert rope["rope_type"] == "longrope" and rope["long_factor"] == [2.0] * 8
+
+
+def test_heads_that_do_not_fit_the_tensors_are_one_paragraph(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("official-internlm2"), tmp_path / "model"))
+    config = config_of(folder)
+    config["llm_config"]["num_key_value_heads"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+    opened = open_folder(folder)
+    for act in (lambda: load_model(opened), lambda: export(folder, tmp_path / "out", verify="none")):
+        with pytest.raises(WeightsError, match=r"wqkv\.weight has the shape \(128, 64\); expected 96 rows"):
+            act()
