@@ -275,7 +275,9 @@ def test_tiles_of_another_size(tower: Path) -> None:
 
     vision = json.loads((tower / "vision_config.json").read_text(encoding="utf-8"))
     size = int(vision["image_size"])
-    official = {"vision_config": vision, "llm_config": {"model_type": "llama", "vocab_size": 8}, "ps_version": "v2"}
+    decoder = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1}
+    decoder["num_attention_heads"] = 1
+    official = {"vision_config": vision, "llm_config": decoder, "ps_version": "v2"}
     config: Any = native_config(official, context_id=0, tokens_per_tile=1, has_head=True, where=str(tower))
     assert isinstance(config.vision_config, InternVLVisionConfig)
     model = InternVLVisionModel(config.vision_config).eval()

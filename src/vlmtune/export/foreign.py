@@ -17,6 +17,7 @@ from typing import Any
 from vlmtune.errors import ExportError, UsageError
 from vlmtune.files import free_bytes, read_json, write_json
 from vlmtune.infer.locate import ADAPTER_CONFIG, Located
+from vlmtune.models.family import OFFICIAL
 from vlmtune.models.load import open_folder
 from vlmtune.models.native import copy_files
 from vlmtune.progress import track
@@ -30,7 +31,6 @@ from vlmtune.weights.foreign.recognise import ADAPTER, WORDS, rank_folder, tower
 from vlmtune.weights.foreign.tensors import of_file, read_pickle
 from vlmtune.weights.shards import Shards, TensorInfo, main_dtype
 
-OFFICIAL = "official"
 _DTYPES = ("float32", "bfloat16", "float16")
 _PROMPTS = (
     "XTuner trains with a prompt of its own (another system text, all pictures of a turn in front of it); others "

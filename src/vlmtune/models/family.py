@@ -18,6 +18,8 @@ from vlmtune.weights.layout import WeightTable
 
 NATIVE = "native"
 """The layout that transformers itself reads and writes."""
+OFFICIAL = "official"
+"""The layout of a model's publisher, where that is another."""
 
 if TYPE_CHECKING:
     import numpy as np

@@ -140,11 +140,6 @@ def main_dtype(source: Shards) -> str:
     return dtype_name(max(sizes, key=lambda code: sizes[code]))
 
 
-def tensor_names(folder: Path) -> list[str]:
-    """The names on disk of all tensors of a model folder, from the headers."""
-    return list(Shards(folder).infos)
-
-
 def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
     index, single = folder / INDEX, folder / SINGLE
     if index.is_file():

@@ -57,7 +57,6 @@ _TEMPLATES: Mapping[str, _Roles] = {
     ),
     "internvl2_5": replace(_HERMES, message=_INTERNVL_2_5, end="<|im_end|>\n"),
 }
-# As InternVLProcessor of transformers writes the frames of a video (`replace_video_token`).
 _ZH = "internvl_zh"
 TEMPLATES = (*_TEMPLATES, _ZH)
 _XTUNER_KNOWS = "internlm2-chat"
@@ -106,8 +105,13 @@ def _from_roles(roles: _Roles) -> ChatFormat:
         image=(START_TOKEN, END_TOKEN),
         strips_ends=roles.strips,
         fold_newlines=False,
-        frames=FrameFormat(before="Frame{number}: " + START_TOKEN, joint=END_TOKEN + "\n", close=END_TOKEN),
+        frames=_frames(END_TOKEN),
     )
+
+
+def _frames(close: str) -> FrameFormat:
+    """As InternVLProcessor of transformers writes the frames of a video (`replace_video_token`)."""
+    return FrameFormat(before="Frame{number}: " + START_TOKEN, joint=END_TOKEN + "\n", close=close)
 
 
 def _zh() -> ChatFormat:
@@ -164,5 +168,5 @@ def native_chat(probed: ChatFormat) -> ChatFormat:
         probed,
         image=(before + START_TOKEN, END_TOKEN + after),
         fold_newlines="\n" in after,
-        frames=FrameFormat(before="Frame{number}: " + START_TOKEN, joint=END_TOKEN + "\n", close=END_TOKEN + after),
+        frames=_frames(END_TOKEN + after),
     )

@@ -17,9 +17,8 @@ from transformers import CONFIG_MAPPING, InternVLConfig
 from vlmtune.errors import WeightsError
 from vlmtune.weights.ops import SplitGQA
 
-OFFICIAL = "internvl_chat"
-NATIVE = "internvl"
-INTERNLM2 = "internlm2"
+_MODEL_TYPE = "internvl_chat"
+_INTERNLM2 = "internlm2"
 _LLAMA = "llama"  # InternLM2 is Llama's arithmetic under other names
 _ROPE_NAMES = {"su": "longrope"}
 _CAUSAL = {
@@ -34,13 +33,13 @@ _QK_NORM_EPS = 1e-6  # fixed in transformers' class
 
 
 def is_official(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == OFFICIAL
+    return config.get("model_type") == _MODEL_TYPE
 
 
 def decoder_heads(config: Mapping[str, Any]) -> SplitGQA | None:
     """How the fused attention of an InternLM2 decoder is cut; None for other decoders."""
     decoder = config["llm_config"]
-    if decoder.get("model_type") != INTERNLM2:
+    if decoder.get("model_type") != _INTERNLM2:
         return None
     heads = int(decoder["num_attention_heads"])
     groups = int(decoder.get("num_key_value_heads") or heads)
@@ -139,7 +138,7 @@ def _vision(vision: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _text(decoder: Mapping[str, Any], *, tied: bool, where: str) -> dict[str, Any]:
     kind = str(decoder.get("model_type"))
-    native = _LLAMA if kind == INTERNLM2 else kind
+    native = _LLAMA if kind == _INTERNLM2 else kind
     if native not in CONFIG_MAPPING:
         raise WeightsError(
             f"the decoder is of model_type {kind!r}", where=where,
@@ -148,7 +147,7 @@ def _text(decoder: Mapping[str, Any], *, tied: bool, where: str) -> dict[str, An
     known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[native])}
     text = {name: value for name, value in decoder.items() if name in known - {"architectures", "return_dict"}}
     text.pop("transformers_version", None)
-    if kind == INTERNLM2:
+    if kind == _INTERNLM2:
         text["attention_bias"] = bool(decoder.get("bias", True))
     text.update(model_type=native, tie_word_embeddings=tied, use_cache=True)
     text["rope_parameters"] = _rope(decoder)
@@ -197,7 +196,7 @@ def official_of(native: Mapping[str, Any], *, has_head: bool) -> dict[str, Any]:
             "AutoModel": "modeling_internvl_chat.InternVLChatModel",
             "AutoModelForCausalLM": "modeling_internvl_chat.InternVLChatModel",
         },
-        "model_type": OFFICIAL,
+        "model_type": _MODEL_TYPE,
         "downsample_ratio": native.get("downsample_ratio", 0.5),
         "ps_version": "v2",
         "select_layer": native.get("vision_feature_layer", -1),

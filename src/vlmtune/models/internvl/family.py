@@ -20,7 +20,7 @@ from vlmtune.config.schema import ChatStyle, ImageOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
 from vlmtune.files import read_json
 from vlmtune.models import native
-from vlmtune.models.family import NATIVE, BoxFormat, ChatFormat, Components, FrameFormat, ModelFolder, OpenedFolder
+from vlmtune.models.family import NATIVE, OFFICIAL, BoxFormat, ChatFormat, Components, ModelFolder, OpenedFolder
 from vlmtune.models.internvl import chat, folders, pictures
 from vlmtune.models.internvl import tokenizer as tokenizers
 from vlmtune.models.internvl.config import decoder_heads, has_official_name, is_official, native_config
@@ -29,9 +29,6 @@ from vlmtune.models.internvl.weights import official_table
 from vlmtune.models.template import probe
 from vlmtune.models.text import TextEncoder
 from vlmtune.weights.layout import WeightTable
-
-OFFICIAL = "official"
-_FRAMES = FrameFormat(before="Frame{number}: ", joint="\n", close="\n")
 
 
 class InternVLFamily:

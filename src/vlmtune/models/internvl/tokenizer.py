@@ -318,13 +318,9 @@ def _added(token: Any) -> AddedToken:
 
 
 def _set_ends(tokenizer: Tokenizer, settings: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    front, back = settings.get("add_bos_token", True), settings.get("add_eos_token", False)
-    ends = [named[name] for name, wanted in (("bos_token", front), ("eos_token", back)) if wanted and name in named]
-    single = " ".join(
-        ([f"{named['bos_token']}:0"] if front and "bos_token" in named else [])
-        + ["$A:0"]
-        + ([f"{named['eos_token']}:0"] if back and "eos_token" in named else [])
-    )
-    if ends:
-        pairs = [(token, tokenizer.token_to_id(token)) for token in ends]
+    wanted = {"bos_token": settings.get("add_bos_token", True), "eos_token": settings.get("add_eos_token", False)}
+    front, back = ([named[name]] if wanted[name] and name in named else [] for name in ("bos_token", "eos_token"))
+    if front or back:
+        single = " ".join(f"{part}:0" for part in (*front, "$A", *back))
+        pairs = [(token, tokenizer.token_to_id(token)) for token in (*front, *back)]
         tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pairs)

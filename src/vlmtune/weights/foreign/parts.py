@@ -15,7 +15,6 @@ from vlmtune.weights.foreign.tensors import Source
 from vlmtune.weights.shards import TensorInfo
 from vlmtune.weights.strict import listed
 
-PARTS = ("language_model", "vision_model", "mlp1")
 PROJECTOR = "mlp1."
 _OUTER = re.compile(r"(?:module\.|model\.|_orig_mod\.)*(?=(?:language_model|vision_model|mlp1)\.)")
 _WRAPPER = re.compile(r"^(language_model|vision_model)\.base_model\.model\.")
