@@ -94,14 +94,31 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(place).free
 
 
-def free_memory() -> int | None:
-    """Bytes of memory that processes can get without swapping (Linux: MemAvailable); None where nothing says it."""
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process can get without swapping; None where nothing says it.
+
+    Linux: MemAvailable, or what the limit of a container (control groups, version 2 or 1) leaves if that is less.
+    """
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0][1]) if found else None
+    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    groups = root / "sys/fs/cgroup"
+    found += _left(groups, "memory.max", "memory.current", "file ")
+    found += _left(groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache ")
+    return min(found, default=None)
+
+
+def _left(group: Path, limit: str, used: str, cache: str) -> list[int]:
+    """Bytes below a control group's limit, files that the kernel keeps in memory not counted; [] without a limit."""
+    try:
+        most, now = ((group / name).read_text(encoding="ascii").strip() for name in (limit, used))
+        stat = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []
+    kept = sum(int(line.split()[1]) for line in stat if line.startswith(cache))
+    return [max(0, int(most) - int(now) + kept)] if most.isdigit() else []
 
 
 def read_json(file: Path) -> dict[str, Any]:

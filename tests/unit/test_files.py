@@ -59,6 +59,27 @@ def test_free_bytes_of_a_folder_to_come(tmp_path: Path) -> None:
     assert free_bytes(tmp_path / "not" / "yet") > 0
 
 
+@pytest.mark.parametrize(
+    ("place", "limit", "used", "cache"),
+    [
+        ("sys/fs/cgroup", "memory.max", "memory.current", "file"),
+        ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    ],
+)
+def test_the_limit_of_a_container_counts(place: str, limit: str, used: str, cache: str, tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    assert free_memory(tmp_path) is None
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert free_memory(tmp_path) == 8000 * 1024
+    group = tmp_path / place
+    group.mkdir(parents=True)
+    (group / used).write_text("700000\n")
+    (group / "memory.stat").write_text(f"anon 5\n{cache} 100000\n{cache}_mapped 9\n")
+    for most, left in (("1000000", 400_000), ("max", 8000 * 1024), ("500000", 0), (str(2**63), 8000 * 1024)):
+        (group / limit).write_text(f"{most}\n")
+        assert free_memory(tmp_path) == left
+
+
 def test_free_memory_is_what_the_kernel_says() -> None:
     found = free_memory()
     assert found is not None and found == pytest.approx(psutil.virtual_memory().available, rel=0.2)

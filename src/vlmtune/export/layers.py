@@ -52,15 +52,20 @@ class Meter:
         self.peak = max(self.peak, self.live)
 
 
-def choose(asked: Mode | None, source: Shards) -> Mode:
+def choose(asked: Mode | None, source: Shards, device: str | None) -> Mode:
     """How an export is compared; None: in full where the model fits into memory in float32, else layer by layer.
+
+    The memory is the machine's, and the GPU's where the comparison runs on one.
 
     Raises:
         ExportError: in full was asked for, and the model does not fit.
     """
     if asked not in (None, "full"):
         return asked
-    needed, free = _FLOAT * sum(info.num_elements for info in source.infos.values()), free_memory()
+    place = choose_device(device)
+    known = [free_memory(), torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else None]
+    free = min((one for one in known if one is not None), default=None)
+    needed = _FLOAT * sum(info.num_elements for info in source.infos.values())
     if free is None or needed <= free:
         return "full"
     if asked is None:

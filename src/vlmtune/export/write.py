@@ -122,7 +122,7 @@ def export(
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         with laid_out(located, target, alpha=lora_alpha, second=second) as laid:
-            mode = layers.choose(verify, Shards(laid.located.model_folder))
+            mode = layers.choose(verify, Shards(laid.located.model_folder), device)
             draft.mkdir(parents=True)
             result = _write(laid, draft, layout, dtype)
             result.out, result.source, result.base = target, located.path, located.base

@@ -20,6 +20,7 @@ from vlmtune.export.layers import Meter
 from vlmtune.export.write import ExportResult, export
 from vlmtune.infer.locate import Located, locate
 from vlmtune.infer.session import load
+from vlmtune.weights.shards import Shards
 
 FOLDERS = (*KINDS, "official-internlm2", "official-phi3")
 
@@ -189,6 +190,17 @@ def test_what_does_not_fit_is_compared_layer_by_layer(
     assert caught.value.exit_code == 4
     assert export(tiny_folder("llava"), tmp_path / "unchecked", verify="none", device="cpu").verify == "none"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fits", "out", "unchecked"]
+
+
+def test_the_memory_of_the_gpu_counts(tiny_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Shards(tiny_folder("llava"))
+    free = {"cuda": 100_000}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (free[place.type], 10**12))
+    assert layers.choose(None, source, "cuda:0") == "layers"
+    assert layers.choose(None, source, "cpu") == "full"
+    free["cuda"] = 10**11
+    assert layers.choose(None, source, "cuda:0") == "full"
 
 
 def test_what_is_merged_as_a_whole_is_compared_as_a_whole(
