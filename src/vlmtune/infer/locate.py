@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from vlmtune.config.hub import HUB_ID
 from vlmtune.config.schema import FORMAT_VERSION, MediaOptions
 from vlmtune.errors import UsageError, WeightsError
+from vlmtune.weights.fingerprint import fingerprint
 from vlmtune.weights.foreign.recognise import EXPORT_FIRST, WORDS, Kind, recognise
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -71,6 +72,7 @@ def locate(
     found = None
     if (folder / ADAPTER_CONFIG).is_file():
         found = _base_of(folder, base)
+        _check_base(found, provenance, folder)
     elif not (folder / "config.json").is_file():
         raise UsageError(
             "neither config.json, adapter_config.json nor run.yaml", where=str(folder),
@@ -166,6 +168,19 @@ def _base_of(folder: Path, given: str | Path | None) -> Path:
         f"the base model of this adapter is not at {named}",
         where=str(folder),
         remedy="If it has moved, point to it: --base DIR (in Python: base=DIR).",
+    )
+
+
+def _check_base(base: Path, provenance: Mapping[str, Any], adapter: Path) -> None:
+    """That the base is the model of the training: an adapter fits every model of the same shapes."""
+    if provenance.get("base_sha256") in (None, fingerprint(base)):
+        return
+    raise WeightsError(
+        f"the adapter was trained on another model than {base}: config.json, or the names and shapes of the weights, "
+        "differ from those of the training",
+        where=str(adapter),
+        expected=f"{provenance.get('base')} as it was then",
+        remedy="Point to an unchanged copy of it: --base DIR (in Python: base=DIR).",
     )
 
 

@@ -6,7 +6,6 @@ size and hash. Without it, or if the files do not fit it, the folder is a leftov
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from vlmtune.models.family import OpenedFolder
 from vlmtune.train.best import Evaluated
 from vlmtune.versions import PACKAGES, versions
 from vlmtune.weights import names
+from vlmtune.weights.fingerprint import fingerprint
 from vlmtune.weights.shards import Shards
 
 STATE_FILE = "trainer_state.json"
@@ -32,7 +32,8 @@ _PREFIX = "checkpoint-"
 # Files of a model folder that go along with the weights: tokenizer, processor, chat template, generation config.
 _COMPANION_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 _NOT_COMPANIONS = {
-    "config.json", "adapter_config.json", "best.json", MANIFEST, PROVENANCE, STATE_FILE, "requirements.txt",
+    "config.json", "adapter_config.json", "best.json", "export.json", MANIFEST, PROVENANCE, STATE_FILE,
+    "requirements.txt",
 }  # fmt: skip
 
 
@@ -89,6 +90,7 @@ def add_companions(folder: Path, opened: OpenedFolder, config: RunConfig, proven
         ):
             shutil.copyfile(source, folder / source.name)
     for name, content in opened.family.companions(opened.folder).items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     write_atomic(folder / RUN_FILE, dump_config(config))
     write_atomic(folder / PROVENANCE, json.dumps(provenance, indent=1, ensure_ascii=False))
@@ -184,16 +186,3 @@ def provenance(config: RunConfig, opened: OpenedFolder, *, strategy: str, world:
         "threads": threads,
         "versions": versions((*PACKAGES, "numpy", "bitsandbytes", "deepspeed")),
     }
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over config.json and the weights' index, or the only file's header: names and shapes, cheaply."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    index = folder / "model.safetensors.index.json"
-    only = folder / "model.safetensors"
-    if index.exists():
-        digest.update(index.read_bytes())
-    elif only.exists():
-        with open(only, "rb") as file:
-            digest.update(file.read(8 + int.from_bytes(file.read(8), "little")))
-    return digest.hexdigest()

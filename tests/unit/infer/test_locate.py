@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from vlmtune.config.schema import ImageOptions, MediaOptions, VideoOptions
 from vlmtune.errors import UsageError, WeightsError
 from vlmtune.infer.locate import checkpoints, locate
+from vlmtune.weights.fingerprint import fingerprint
 
 
 def model_folder(folder: Path) -> Path:
@@ -87,6 +89,18 @@ def test_a_base_that_has_moved(tmp_path: Path) -> None:
     assert locate(folder, base=moved).base == moved
     with pytest.raises(UsageError, match="given with --base"):
         locate(folder, base=tmp_path / "also-gone")
+
+
+def test_an_adapter_for_another_base_is_refused(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    folder = adapter(tmp_path / "adapter", str(base))
+    (folder / "provenance.json").write_text(json.dumps({"base": str(base), "base_sha256": fingerprint(base)}))
+    copied = Path(shutil.copytree(base, tmp_path / "copied"))
+    assert locate(folder).base == base and locate(folder, base=copied).base == copied
+    (copied / "config.json").write_text('{"model_type": "another"}')
+    with pytest.raises(WeightsError, match=r"trained on another model than .*copied: .*--base DIR") as caught:
+        locate(folder, base=copied)
+    assert caught.value.exit_code == 4
 
 
 def test_a_base_for_a_whole_model_is_refused(tmp_path: Path) -> None:

@@ -48,20 +48,25 @@ def official_config(folder: ModelFolder) -> Mapping[str, Any] | None:
 
 
 def has_head(folder: ModelFolder) -> bool:
-    """Whether the files hold an output head; of a folder without weights, what its config says."""
+    """Whether the model has an output head of its own: when the files hold one, whatever the config says of it; and
+    when they lack one that the config of an official folder wants, which is said when the weights are read."""
+    text = folder.config.get("llm_config") or folder.config.get("text_config") or {}
+    untied = not text.get("tie_word_embeddings", False)
     try:
         names = Shards(folder.path).infos
     except WeightsError:  # said, with what is missing, when the weights are read
-        text = folder.config.get("llm_config") or folder.config.get("text_config") or {}
-        return not text.get("tie_word_embeddings", False)
-    return any(name in names for name in _HEADS)
+        return untied
+    return any(name in names for name in _HEADS) or (is_official(folder.config) and untied)
 
 
 def companions(folder: ModelFolder) -> Mapping[str, bytes]:
-    """What a native checkpoint needs beside the usual files: the official config.json, and code to be handed on."""
+    """What a native checkpoint needs beside the usual files: the official config.json, and code to be handed on; of a
+    native export, the official files that it keeps."""
     found = conventions(folder)
     if found is None:
-        return {}
+        kept = folder.path / KEPT
+        files = sorted(kept.iterdir()) if kept.is_dir() else []
+        return {f"{KEPT}/{file.name}": file.read_bytes() for file in files if file.is_file()}
     record = json.dumps(found.config, indent=2, ensure_ascii=False).encode()
     return {RECORD: record, **{name: (folder.path / name).read_bytes() for name in _code(folder.path)}}
 

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from vlmtune.config.schema import RunConfig
 from vlmtune.errors import WeightsError
 from vlmtune.export.write import export
 from vlmtune.models.internvl.config import native_config, official_of
 from vlmtune.models.load import load_model, open_folder
+from vlmtune.train.checkpoint import add_companions
 from vlmtune.weights.shards import Shards
 
 CONTEXT = {"context_id": 5, "tokens_per_tile": 4, "has_head": True, "where": "here"}
@@ -161,3 +164,35 @@ def test_heads_that_do_not_fit_the_tensors_are_one_paragraph(
     for act in (lambda: load_model(opened), lambda: export(folder, tmp_path / "out", verify="none")):
         with pytest.raises(WeightsError, match=r"wqkv\.weight has the shape \(128, 64\); expected 96 rows"):
             act()
+
+
+def test_a_head_that_the_files_lack_is_tied_only_where_the_config_says_so(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder("official-qwen2"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"missing from the files .*lm_head\.weight"):
+        load_model(open_folder(folder))
+    config = config_of(folder)
+    config["llm_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    tied = load_model(open_folder(folder))
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+
+
+def test_a_run_from_a_native_export_finds_the_official_layout_again(
+    tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = tiny_folder("official-internlm2")
+    opened = open_folder(export(base, tmp_path / "native", layout="native", verify="none").out)
+    checkpoint = tmp_path / "checkpoint-1"
+    load_model(opened).save_pretrained(checkpoint)
+    add_companions(checkpoint, opened, RunConfig.model_construct(), {})
+    assert not (checkpoint / "export.json").exists()  # a checkpoint is no export, which --overwrite may replace
+    result = export(checkpoint, tmp_path / "back", layout="official", verify="none")
+    assert not result.notes and config_of(result.out) == config_of(base)
+    assert (result.out / "modeling_internvl_chat.py").read_bytes() == (base / "modeling_internvl_chat.py").read_bytes()
+    back, before = load_file(result.out / "model.safetensors"), load_file(base / "model.safetensors")
+    assert back.keys() == before.keys() and all(torch.equal(back[name], before[name]) for name in before)
