@@ -235,7 +235,9 @@ def _compare(located: Located, draft: Path, result: ExportResult, device: str | 
         result.comparisons = verify.compare(expected, logits)
     verify.check(result.comparisons, where=str(result.out))
     trained = open_folder(located.model_folder, located.media)
-    if others := verify.reads_otherwise(trained, open_folder(draft, written.media)):
+    # Whoever loads the folder knows nothing of a prompt that the run chose beside it.
+    plain = open_folder(draft, written.media.model_copy(update={"chat": None}))
+    if others := verify.reads_otherwise(trained, plain):
         result.notes.append(
             f"the {' and the '.join(others)} become other ids by the folder's own files than in training: its readers "
             "have another chat template for this model; give them the system text and template of training"
