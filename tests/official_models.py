@@ -208,7 +208,9 @@ def with_tokenizer(case: Path, into: Path) -> Path:
     names |= {"im_start": "<|system|>" if phi else "<|im_start|>", "im_end": "<|end|>" if phi else "<|im_end|>"}
     names |= {"user": "<|user|>" if phi else "[user]", "assistant": "<|assistant|>" if phi else "[assistant]"}
     special = {2: "</s>", **{roles[role]: token for role, token in names.items()}}
-    characters = iter([*"\n abcdefghijklmnopqrstuvwxyz.,?", *(f"[{i}]" for i in range(1000))])
+    characters = iter(
+        [*"\n abcdefghijklmnopqrstuvwxyz.,?", *(f"[{i}]" for i in range(config["llm_config"]["vocab_size"]))]
+    )
     vocabulary = {special.get(i) or next(characters): i for i in range(config["llm_config"]["vocab_size"])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[0]"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

@@ -97,4 +97,5 @@ def test_a_model_without_words_in_the_native_layout_is_refused_there(case: Path,
 
 
 def test_the_records_are_there() -> None:
+    golden.skip_if_partial()
     assert cases("v1") and cases("v2")

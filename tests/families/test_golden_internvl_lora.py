@@ -41,7 +41,10 @@ def meta(case: Path) -> dict[str, Any]:
 
 
 def base_of(record: Mapping[str, Any]) -> Path:
-    return golden.root() / "internvl" / str(record["base"])
+    base = golden.root() / "internvl" / str(record["base"])
+    if not base.is_dir():
+        pytest.skip(f"these records do not hold the base of the adapter ({base})")
+    return base
 
 
 def forms(case: Path) -> list[str]:
