@@ -151,8 +151,8 @@ class Family(Protocol):
         """Whether the loaders that this folder's users come from turn photos as EXIF says."""
         ...
 
-    def matches(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is this family's; the first match in the registry wins."""
+    def matches(self, folder: ModelFolder) -> bool:
+        """Whether a folder is this family's; the first match in the registry wins."""
         ...
 
     def model_class(self, folder: ModelFolder) -> type[PreTrainedModel]: ...

@@ -87,7 +87,7 @@ def open_folder(path: str | os.PathLike[str], media: MediaOptions | None = None)
         ConfigError: an option in `media.image` that has no effect on this model; a `media.chat` that it has not.
     """
     folder = read_folder(path)
-    family = detect(folder.config, where=str(folder.path))
+    family = detect(folder)
     media = media or MediaOptions()
     try:
         tokenizer = family.tokenizer(folder)

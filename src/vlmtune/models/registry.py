@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from vlmtune.errors import WeightsError
 from vlmtune.models.auto import AutoFamily
-from vlmtune.models.family import Family
+from vlmtune.models.family import Family, ModelFolder
 from vlmtune.models.internvl import InternVLFamily
 
 FAMILIES: Sequence[Family] = (InternVLFamily(), AutoFamily())  # `auto` is last: it takes whatever transformers knows
 
 
-def detect(config: Mapping[str, Any], *, where: str) -> Family:
-    """The first family that recognises a config.json."""
+def detect(folder: ModelFolder) -> Family:
+    """The first family that recognises a folder."""
+    config = folder.config
     for family in FAMILIES:
-        if family.matches(config):
+        if family.matches(folder):
             return family
     raise WeightsError(
         f"model_type {config.get('model_type')!r} with architectures {config.get('architectures')!r} is not known",
-        where=where,
+        where=str(folder.path),
         expected="an image-text-to-text model that transformers has a class for ("
         + ", ".join(f.name for f in FAMILIES)
         + ")",

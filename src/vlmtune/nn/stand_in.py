@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from vlmtune.nn.side_inputs import hand_over
+
 
 class StandIn:
     """Installed once on a model; holds the pixel inputs of the next forward, or None.
@@ -28,8 +30,8 @@ class StandIn:
         self._model.get_decoder().register_forward_pre_hook(self._add, with_kwargs=True)
 
     def set(self, inputs: dict[str, torch.Tensor] | None) -> None:
-        """Pixel inputs as the model's forward takes them (one smallest picture), on the model's device; or None."""
-        self._inputs = inputs
+        """Pixel inputs of one smallest picture, on the model's device, side inputs among them; or None."""
+        self._inputs = None if inputs is None else hand_over(self._model, inputs)
 
     def _add(self, module: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         del module

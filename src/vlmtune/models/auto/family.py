@@ -56,8 +56,8 @@ class AutoFamily:
         del folder
         return "apply"  # as transformers.image_utils.load_image does
 
-    def matches(self, config: Mapping[str, Any]) -> bool:
-        return str(config.get("model_type")) in _known_model_types()
+    def matches(self, folder: ModelFolder) -> bool:
+        return str(folder.config.get("model_type")) in _known_model_types()
 
     def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
         del tokenizer

@@ -44,8 +44,8 @@ class InternVLFamily:
         """The official data loader does not; transformers.image_utils.load_image does."""
         return "apply" if folders.conventions(folder) is None else "ignore"
 
-    def matches(self, config: Mapping[str, Any]) -> bool:
-        return is_official(config) or config.get("model_type") == InternVLConfig.model_type
+    def matches(self, folder: ModelFolder) -> bool:
+        return is_official(folder.config) or folder.config.get("model_type") == InternVLConfig.model_type
 
     def model_class(self, folder: ModelFolder) -> type[PreTrainedModel]:
         del folder
