@@ -2,7 +2,8 @@
 
 A folder holds either one ``model.safetensors`` or several shards with ``model.safetensors.index.json``. `Shards` looks
 only at headers until a tensor is asked for; `write_shards` lays down the header of each shard first and then streams
-the tensors into it, so that neither side ever holds more than one tensor.
+the tensors into it, so that neither side ever holds more than one tensor. Pickled weights (``pytorch_model.bin``) are
+read where a folder has no others, without running anything in them, and never written.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmtune.errors import WeightsError
+from vlmtune.weights.places import INDEX, SINGLE, folders, weight_files
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
 _BYTES = {
@@ -35,6 +35,7 @@ _TORCH = {
     "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 _NAMES = {name: code for code, name in _TORCH.items()}
+_TABLE, _TABLE_AGAIN = "vision_model.embeddings.position_embedding.weight", "pos_emb"
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 """Codes of the dtypes that a change of the floating dtype applies to (float8 weights are quantised, not cast)."""
 
@@ -70,23 +71,36 @@ class Shards:
     """The tensors of a model folder by their names on disk.
 
     Args:
-        folder: a folder with safetensors files.
+        folder: a folder with weights; of the three of an XTuner model, the language model's.
 
     Raises:
-        WeightsError: no safetensors, a shard that the index names is missing, or a file that is cut off or foreign.
+        WeightsError: no weights, a shard that the index names is missing, or a file that is cut off or foreign.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
         self._info: dict[str, TensorInfo] = {}
-        files, listed = _files(folder)
+        self._pickled: dict[str, torch.Tensor] = {}
+        for place in folders(folder):
+            self._add(place)
+        if _TABLE_AGAIN in self._info and _TABLE in self._info:
+            # AuroraCap's encoder makes its table anew from this one in each forward, in the size of the picture.
+            self._info[_TABLE] = replace(self._info.pop(_TABLE_AGAIN), name=_TABLE)
+
+    @property
+    def one_folder(self) -> bool:
+        """Whether these are the safetensors of one folder, as transformers reads them by itself."""
+        return not self._pickled and len(folders(self.folder)) == 1
+
+    def _add(self, place: Path) -> None:
+        files, listed = weight_files(place)
         for file in files:
-            for info in read_header(file):
+            for info in self._read_pickle(file) if file.suffix == ".bin" else read_header(file):
                 if info.name in self._info:
                     raise WeightsError(
                         f"the tensor {info.name} is in {self._file_of[info.name].name} and in {file.name}",
-                        where=str(folder),
+                        where=str(self.folder),
                         expected="every tensor once",
                         remedy="Download or save the folder again.",
                     )
@@ -94,10 +108,20 @@ class Shards:
         lost = sorted(set(listed) - set(self._info))
         if lost:
             raise WeightsError(
-                f"{INDEX} lists {len(lost)} tensors that no shard holds, the first is {lost[0]}",
-                where=str(folder),
+                f"the index lists {len(lost)} tensors that no shard holds, the first is {lost[0]}",
+                where=str(place),
                 remedy="Download or save the folder again.",
             )
+
+    def _read_pickle(self, file: Path) -> list[TensorInfo]:
+        from vlmtune.weights import pickles
+
+        tensors = pickles.load_tensors(file)
+        self._pickled.update(tensors)
+        return [
+            TensorInfo(name, dtype_code(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        ]
 
     def __len__(self) -> int:
         return len(self._info)
@@ -120,6 +144,10 @@ class Shards:
 
         if name not in self._info:
             raise WeightsError(f"no tensor {name}", where=str(self.folder), remedy="Download or save the folder again.")
+        if name == _TABLE and _TABLE_AGAIN in self._file_of:
+            name = _TABLE_AGAIN
+        if name in self._pickled:
+            return self._pickled[name].detach()
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -142,35 +170,6 @@ def main_dtype(source: Shards) -> str:
 def tensor_names(folder: Path) -> list[str]:
     """The names on disk of all tensors of a model folder, from the headers."""
     return list(Shards(folder).infos)
-
-
-def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
-    index, single = folder / INDEX, folder / SINGLE
-    if index.is_file():
-        try:
-            listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise WeightsError(
-                f"the index cannot be read ({error})", where=str(index), expected="JSON with a weight_map"
-            ) from None
-        files = [folder / name for name in dict.fromkeys(listed.values())]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise WeightsError(
-                f"{len(missing)} of {len(files)} shards are missing: {', '.join(missing[:3])}",
-                where=str(folder),
-                remedy="Download or copy the folder again.",
-            )
-        return files, listed
-    if single.is_file():
-        return [single], {}
-    found = "no folder of this name" if not folder.is_dir() else "no weights in safetensors files"
-    raise WeightsError(
-        found,
-        where=str(folder),
-        expected=f"{SINGLE}, or {INDEX} and its shards",
-        remedy="Point to a model folder; weights in .bin or .pt files must be saved as safetensors first.",
-    )
 
 
 def read_header(file: Path) -> list[TensorInfo]:

@@ -130,7 +130,7 @@ def test_a_missing_shard_and_a_lost_tensor_are_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_safetensors_says_so(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "model.h5").write_bytes(b"")
     with pytest.raises(WeightsError, match="no weights in safetensors files"):
         Shards(tmp_path)
     with pytest.raises(WeightsError, match="no folder of this name"):

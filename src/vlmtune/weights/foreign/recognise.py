@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from vlmtune.errors import WeightsError
-from vlmtune.weights.shards import INDEX, SINGLE, Shards, read_header
+from vlmtune.weights.places import INDEX, SINGLE
+from vlmtune.weights.shards import Shards, read_header
 
 Kind = Literal["pickle", "deepspeed", "unmerged", "peft"]
 WORDS: dict[Kind, str] = {

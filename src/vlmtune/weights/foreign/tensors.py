@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from vlmtune.errors import WeightsError
-from vlmtune.weights.foreign import pickles
+from vlmtune.weights import pickles
 from vlmtune.weights.shards import TensorInfo, dtype_code, read_header
 from vlmtune.weights.strict import listed
 
