@@ -15,7 +15,7 @@ from torch import nn
 class SideInputs(nn.Module):
     """A module that is given some inputs of a batch before the model runs.
 
-    names: of the inputs; each belongs to one module of a model.
+    names: of the inputs; each belongs to one module of a model, and to copies of it (PEFT trains one beside the old).
     """
 
     names: tuple[str, ...] = ()
@@ -31,8 +31,9 @@ def hand_over(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         model: bare or wrapped (DDP, FSDP, PEFT).
     """
-    rest = dict(inputs)
+    taken: set[str] = set()
     for module in model.modules():
         if isinstance(module, SideInputs):
-            module.take({name: rest.pop(name) for name in module.names if name in rest})
-    return rest
+            module.take({name: inputs[name] for name in module.names if name in inputs})
+            taken.update(module.names)
+    return {name: value for name, value in inputs.items() if name not in taken}
