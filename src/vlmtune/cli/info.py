@@ -95,9 +95,12 @@ def _print(model: Description) -> None:
         lines.append(("warning", f"{model.unknown} tensors that the model does not take, {model.missing} missing ones"))
     for name, text in lines:
         print(f"{name:<14} {text}")
-    print("\nwidth×height -> tokens and tiles of a picture, tokens of a frame")
+    differs = model.first_frames != model.frames
+    more = ", of the first frame of a video and of each further one" if differs else ", tokens of a frame"
+    print(f"\nwidth×height -> tokens and tiles of a picture{more}")
     for size, (tokens, tiles) in model.pictures.items():
-        print(f"  {size:<12} {tokens:>6} {tiles:>4} {model.frames[size][0]:>6}")
+        first = f" {model.first_frames[size][0]:>6}" if differs else ""
+        print(f"  {size:<12} {tokens:>6} {tiles:>4}{first} {model.frames[size][0]:>6}")
 
 
 def _short(count: int) -> str:

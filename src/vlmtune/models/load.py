@@ -30,6 +30,7 @@ from vlmtune.weights import strict
 from vlmtune.weights.foreign.recognise import EXPORT_FIRST, WORDS, recognise
 from vlmtune.weights.layout import WeightTable
 from vlmtune.weights.loading import conversion_rules
+from vlmtune.weights.shards import Shards
 
 _NOT_FETCHED = ["*.py", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]
 
@@ -91,7 +92,7 @@ def open_folder(path: str | os.PathLike[str], media: MediaOptions | None = None)
     media = media or MediaOptions()
     try:
         tokenizer = family.tokenizer(folder)
-        spec = family.media_spec(folder, tokenizer, media.image)
+        spec = family.media_spec(folder, tokenizer, media)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         # transformers reports absent or broken tokenizer and processor files with any of these, and config.json.
         raise WeightsError(
@@ -102,14 +103,14 @@ def open_folder(path: str | os.PathLike[str], media: MediaOptions | None = None)
             remedy="Copy the missing files from the model's repository.",
         ) from error
     text = TextEncoder(tokenizer)
-    config = family.config(folder, tokenizer)
+    config = family.config(folder, tokenizer, spec)
     return OpenedFolder(
         folder=folder,
         family=family,
         tokenizer=tokenizer,
         config=config,
         layout=family.layout(folder),
-        layouts=family.layouts(folder),
+        layouts=family.layouts(folder, config),
         spec=spec,
         text=text,
         chat=family.chat(folder, tokenizer, text, spec, media.chat),
@@ -203,10 +204,9 @@ def load_weights(
     try:
         with _reading(config, table):
             loaded: Any = family.model_class(folder).from_pretrained(
-                folder.path,
+                **_from(folder.path),
                 config=copy.deepcopy(config),
                 dtype=dtype if dtype is not None else "auto",
-                use_safetensors=True,
                 ignore_mismatched_sizes=True,  # reported below, by name, with the other complaints
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -223,6 +223,17 @@ def load_weights(
     compat.forget_longest_row(model)
     family.install(model)
     return cast(PreTrainedModel, model)
+
+
+def _from(folder: Path) -> dict[str, Any]:
+    """Where transformers takes the weights from: the folder; or tensors by name, which it cannot read by itself.
+
+    The tensors are mapped from their files, so that nothing is in memory twice.
+    """
+    source = Shards(folder)
+    if source.one_folder:
+        return {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+    return {"pretrained_model_name_or_path": None, "state_dict": {name: source.read(name) for name in source.infos}}
 
 
 def _reading(config: PretrainedConfig, table: WeightTable | None) -> AbstractContextManager[None]:

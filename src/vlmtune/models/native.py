@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from vlmtune.config.schema import ChatStyle
+from vlmtune.config.schema import ChatStyle, VideoOptions
 from vlmtune.errors import ConfigError, WeightsError
 from vlmtune.models.family import ModelFolder
 
@@ -71,6 +71,19 @@ def refuse_style(style: ChatStyle | None) -> None:
             "is xtuner, but this folder brings its own chat template",
             where="model.chat",
             expected="official, or nothing: XTuner's prompts are known for InternVL in its official layout",
+        )
+
+
+def refuse_slow_fast(options: VideoOptions) -> None:
+    """
+    Raises:
+        ConfigError: `slow_fast` is asked of a model that merges no tokens.
+    """
+    if options.slow_fast:
+        raise ConfigError(
+            "has no effect: this model merges no tokens, so that the first frame of a video is like the others",
+            where="model.video.slow_fast",
+            expected="a LLaVA model with a CLIP or SigLIP tower, and model.image.token_merge_ratio below 1",
         )
 
 

@@ -8,8 +8,10 @@ from vlmtune.errors import WeightsError
 from vlmtune.models.auto import AutoFamily
 from vlmtune.models.family import Family, ModelFolder
 from vlmtune.models.internvl import InternVLFamily
+from vlmtune.models.llava import LlavaFamily
 
-FAMILIES: Sequence[Family] = (InternVLFamily(), AutoFamily())  # `auto` is last: it takes whatever transformers knows
+# `auto` is last: it takes whatever transformers knows
+FAMILIES: Sequence[Family] = (InternVLFamily(), LlavaFamily(), AutoFamily())
 
 
 def detect(folder: ModelFolder) -> Family:

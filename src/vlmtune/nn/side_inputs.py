@@ -22,7 +22,6 @@ class SideInputs(nn.Module):
 
     def take(self, inputs: Mapping[str, Any]) -> None:
         """The inputs under `names` that this batch has; the others are absent, and those of the last batch are void."""
-        raise NotImplementedError
 
 
 def hand_over(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.internvl import InternVLConfig, InternVLForConditionalGeneration
 
-from vlmtune.config.schema import ChatStyle, ImageOptions
+from vlmtune.config.schema import ChatStyle, MediaOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
 from vlmtune.errors import WeightsError
 from vlmtune.files import read_json
@@ -51,15 +51,16 @@ class InternVLFamily:
         del folder
         return InternVLForConditionalGeneration
 
-    def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, spec: InternVLSpec) -> PretrainedConfig:
+        del spec
         if not is_official(folder.config):
             return AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         where = str(folder.path)
-        spec = self.media_spec(folder, tokenizer, ImageOptions())
+        own = self.media_spec(folder, tokenizer, MediaOptions())
         return native_config(
             folder.config,
-            context_id=spec.context_id,
-            tokens_per_tile=spec.tokens_per_tile,
+            context_id=own.context_id,
+            tokens_per_tile=own.tokens_per_tile,
             has_head=_has_head(folder),
             where=where,
         )
@@ -67,7 +68,8 @@ class InternVLFamily:
     def layout(self, folder: ModelFolder) -> str:
         return OFFICIAL if is_official(folder.config) else NATIVE
 
-    def layouts(self, folder: ModelFolder) -> Mapping[str, WeightTable]:
+    def layouts(self, folder: ModelFolder, config: PretrainedConfig) -> Mapping[str, WeightTable]:
+        del config
         return {OFFICIAL: official_table(decoder_heads(folders.official_config(folder)))}
 
     def home_layout(self, folder: ModelFolder) -> str:
@@ -106,14 +108,15 @@ class InternVLFamily:
         return tokenizers.open_tokenizer(official)
 
     def media_spec(
-        self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, options: ImageOptions
+        self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, media: MediaOptions
     ) -> InternVLSpec:
+        native.refuse_slow_fast(media.video)
         context = tokenizers.context_token_id(cast(PreTrainedTokenizerFast, tokenizer), where=str(folder.path))
         official = folders.conventions(folder)
         if official is not None:
-            return pictures.official_spec(official.config, context, options)
+            return pictures.official_spec(official.config, context, media.image)
         return pictures.native_spec(
-            folder.config, read_json(folder.path / "preprocessor_config.json"), context, options
+            folder.config, read_json(folder.path / "preprocessor_config.json"), context, media.image
         )
 
     def chat(
@@ -140,8 +143,10 @@ class InternVLFamily:
         del folder
         return BoxFormat(template="<box>[[{x1}, {y1}, {x2}, {y2}]]</box>")
 
-    def plan(self, sizes: Sequence[Size], spec: InternVLSpec, is_frame: Sequence[bool] = ()) -> tuple[MediaPlan, ...]:
-        return pictures.plan(sizes, spec, is_frame)
+    def plan(
+        self, sizes: Sequence[Size], spec: InternVLSpec, frames: Sequence[int | None] = ()
+    ) -> tuple[MediaPlan, ...]:
+        return pictures.plan(sizes, spec, frames)
 
     def span_ids(self, plan: MediaPlan, spec: InternVLSpec) -> tuple[np.ndarray, np.ndarray]:
         return pictures.span_ids(plan, spec)
