@@ -16,6 +16,7 @@ def merged(
     x: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, r: int, *, protect_first: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(T, d), (T,), (T, c) -> the tokens after one merge and their sizes."""
+    metric = metric.detach()
     evens, odds = list(range(0, len(x), 2)), list(range(1, len(x), 2))
     r = min(r, (len(x) - int(protect_first)) // 2)
     if r <= 0:

@@ -292,6 +292,7 @@ class MergingTower(SideInputs):
         yield State(hidden, sizes, groups)
         for layer in self.encoder.layers:
             hidden, sizes = layer(hidden, groups=groups, sizes=sizes)
+            sizes = sizes.detach()  # re-entrant checkpointing gives a gradient to all that a layer returns
             groups = tuple(group.after_layer() for group in groups)
             yield State(hidden, sizes, groups)
 
