@@ -1,8 +1,8 @@
-"""AuroraCap's whole model against numbers recorded from the reference: loss, logits, gradients; projector; export
-layouts. Tolerances are those of the records' README: float32 on a CPU.
+"""AuroraCap's whole model against numbers recorded from the reference: loss, logits, gradients, the projector.
 
-Verdicts: *equal*; *mended* for the gradient of a position table that the reference replaces in each forward; *refused* where placeholders and pictures do not fit, or the projector is one that transformers' class has
-not. All are decided by what a record holds.
+Tolerances are those of the records' README: float32 on a CPU. Verdicts: *equal*; *mended* for the gradient of a position
+table that the reference replaces in each forward; *refused* where placeholders and pictures do not fit, or the projector
+is one that transformers' class has not. All are decided by what a record holds.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Case:
         return self.slow_fast or bool(shapes - {(side, side)})
 
     def shown(self) -> list[list[torch.Tensor]]:
-        """The pictures (3, H, W) of each row; a row of text alone has none, though the reference shows it a black one."""
+        """The pictures (3, H, W) of each row; of text alone none: the reference shows a black one."""
         pixels = self.get("pixel_values")
         rows: list[list[torch.Tensor]] = [[] for _ in self["input_ids"]]
         if pixels is None:

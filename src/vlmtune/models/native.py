@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from vlmtune.config.schema import ChatStyle, VideoOptions
 from vlmtune.errors import ConfigError, WeightsError
@@ -24,11 +24,16 @@ COPIED = (
 """What is taken over from a model folder; weights, code, training state and other people's READMEs are not."""
 
 
-def open_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
-    """Raises:
-    WeightsError: the tokenizer has no fast form.
+def open_tokenizer(folder: ModelFolder, *, kind: str | None = None) -> PreTrainedTokenizerBase:
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+    Args:
+        kind: model_type of the language model, where config.json says one that transformers does not know.
+
+    Raises:
+        WeightsError: the tokenizer has no fast form.
+    """
+    options = {} if kind is None else {"config": AutoConfig.for_model(kind)}
+    tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False, **options)
     if not tokenizer.is_fast:
         raise WeightsError(
             f"the tokenizer {type(tokenizer).__name__} has no fast form",

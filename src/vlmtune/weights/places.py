@@ -18,6 +18,11 @@ TOWER, PROJECTOR = "visual_encoder", "projector"
 """Folders inside the language model's, as XTuner writes a LLaVA model; their tensors have other names than its."""
 
 
+POSITIONS, POSITIONS_AGAIN = "vision_model.embeddings.position_embedding.weight", "pos_emb"
+"""AuroraCap's encoder holds its position table twice: in each forward it makes the first anew, from the second, in the
+size of the picture."""
+
+
 def folders(folder: Path) -> tuple[Path, ...]:
     """The folders whose weights together are the model's."""
     parts = tuple(folder / name for name in (TOWER, PROJECTOR) if (folder / name / "config.json").is_file())

@@ -15,10 +15,10 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmtune.errors import WeightsError
-from vlmtune.weights.places import INDEX, SINGLE, folders, weight_files
+from vlmtune.weights.places import INDEX, POSITIONS, POSITIONS_AGAIN, SINGLE, folders, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,6 @@ _TORCH = {
     "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 _NAMES = {name: code for code, name in _TORCH.items()}
-_TABLE, _TABLE_AGAIN = "vision_model.embeddings.position_embedding.weight", "pos_emb"
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 """Codes of the dtypes that a change of the floating dtype applies to (float8 weights are quantised, not cast)."""
 
@@ -67,6 +66,21 @@ def dtype_name(code: str) -> str:
     return _TORCH[code]
 
 
+class Source(Protocol):
+    """Tensors by name, one at a time; `Shards` is one."""
+
+    folder: Path
+
+    def __len__(self) -> int: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
 class Shards:
     """The tensors of a model folder by their names on disk.
 
@@ -84,9 +98,8 @@ class Shards:
         self._pickled: dict[str, torch.Tensor] = {}
         for place in folders(folder):
             self._add(place)
-        if _TABLE_AGAIN in self._info and _TABLE in self._info:
-            # AuroraCap's encoder makes its table anew from this one in each forward, in the size of the picture.
-            self._info[_TABLE] = replace(self._info.pop(_TABLE_AGAIN), name=_TABLE)
+        if POSITIONS_AGAIN in self._info:
+            self._info[POSITIONS] = replace(self._info.pop(POSITIONS_AGAIN), name=POSITIONS)
 
     @property
     def one_folder(self) -> bool:
@@ -144,15 +157,15 @@ class Shards:
 
         if name not in self._info:
             raise WeightsError(f"no tensor {name}", where=str(self.folder), remedy="Download or save the folder again.")
-        if name == _TABLE and _TABLE_AGAIN in self._file_of:
-            name = _TABLE_AGAIN
+        if name == POSITIONS and POSITIONS_AGAIN in self._file_of:
+            name = POSITIONS_AGAIN
         if name in self._pickled:
             return self._pickled[name].detach()
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
 
-def main_dtype(source: Shards) -> str:
+def main_dtype(source: Source) -> str:
     """The floating dtype that most numbers of a folder have, by torch's name.
 
     Raises:

@@ -7,17 +7,17 @@ transformers' own classes inside (Qwen2, Phi-3, Llama), whose names differ by th
 from __future__ import annotations
 
 from vlmtune.weights.layout import Rule, WeightTable
-from vlmtune.weights.ops import Chunk, SplitGQA
+from vlmtune.weights.ops import KEEP, Chunk, Op, SplitGQA
 
 _TOWER = "model.vision_tower."
 _BLOCK = "model.vision_tower.encoder.layer.*."
 _OFFICIAL_BLOCK = "vision_model.encoder.layers.*."
 
 
-def _both(disk: str, *parameters: str, op: Chunk | SplitGQA | None = None) -> list[Rule]:
+def _both(disk: str, *parameters: str, op: Op = KEEP) -> list[Rule]:
     """A layer's weight and bias."""
     return [
-        Rule(f"{disk}.{part}", tuple(f"{name}.{part}" for name in parameters), **({} if op is None else {"op": op}))
+        Rule(f"{disk}.{part}", tuple(f"{name}.{part}" for name in parameters), op)
         for part in ("weight", "bias")
     ]
 

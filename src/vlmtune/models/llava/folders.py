@@ -1,8 +1,9 @@
 """What a LLaVA folder holds beside its weights, in each of its layouts, and how a folder of another one is furnished.
 
 `native` are Hugging Face's folders; `xtuner` the language model with `visual_encoder/` and `projector/` inside; `llava`
-those of official LLaVA. A checkpoint of a run that began from one of the last two has native weights, and `llava.json`
-with the configuration files of that folder beside them, so that it goes on as the run did.
+those of official LLaVA. A checkpoint of a run that began from one of the last two, and a native export of one, have
+native weights and `llava.json` beside them, with the configuration files of that folder: this program goes on with them
+as the run did, prompts and pictures alike.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from vlmtune.weights.shards import Shards
 RECORD = "llava.json"
 IMAGE = "<image>"
 _ROUND = 64  # transformers' conversion of LLaVA pads the vocabulary to multiples of this
+_AS_TRANSFORMERS = {"token_merge_ratio": 1.0, "fit": None, "slow_fast": False}
 _PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR_FILES = ("processor_config.json", "chat_template.jinja", "chat_template.json", _PREPROCESSOR)
 
@@ -131,20 +133,32 @@ def native_config(folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 def open_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
     """The folder's own; where it has no `<image>`, as in all but native folders, that is the next id."""
-    tokenizer = native.open_tokenizer(folder)
+    tokenizer = _plain_tokenizer(folder)
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     return tokenizer
 
 
+def _plain_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
+    official = layout(folder) == LLAVA
+    kind = configs.causal(folder.config, where=str(folder.path))["model_type"] if official else None
+    return native.open_tokenizer(folder, kind=kind)
+
+
 def context_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    found: int = tokenizer.convert_tokens_to_ids(IMAGE)
-    return found
+    return int(tokenizer.get_vocab()[IMAGE])
 
 
 def preprocessor_folder(folder: ModelFolder) -> ModelFolder:
-    """The folder in which the image processor's file lies."""
-    return ModelFolder(folder.path / TOWER, folder.config) if layout(folder) == XTUNER else folder
+    """The folder in which the image processor's file lies.
+
+    Raises:
+        WeightsError: it is not there.
+    """
+    if layout(folder) != XTUNER:
+        return folder
+    _part(folder, TOWER)
+    return ModelFolder(folder.path / TOWER, folder.config)
 
 
 def layouts(folder: ModelFolder, config: PretrainedConfig) -> Mapping[str, WeightTable]:
@@ -178,8 +192,9 @@ def write_files(opened: OpenedFolder, layout: str, out: Path, record: Mapping[st
     """The files of a folder of `layout` beside its weights; see `Family.write_files`.
 
     Args:
-        record: how pictures were seen in training, see `pictures.record_of`.
+        record: how pictures were seen in training, see `pictures.record_of`; {}: as transformers shows them.
     """
+    record = record or _AS_TRANSFORMERS
     write = {XTUNER: _write_xtuner, LLAVA: _write_llava}.get(layout, _write_native)
     notes = write(opened, out, record)
     if record.get("token_merge_ratio", 1) != 1:
@@ -192,35 +207,42 @@ def write_files(opened: OpenedFolder, layout: str, out: Path, record: Mapping[st
 
 def _write_native(opened: OpenedFolder, out: Path, record: Mapping[str, Any]) -> list[str]:
     folder = opened.folder
-    config = {**opened.config.to_diff_dict(), configs.RECORD: dict(record)}
     if origin(folder) == NATIVE:
         native.copy_files(folder.path, out)
         write_json(out / "config.json", {**folder.config, configs.RECORD: dict(record)})
+        _preprocessor(opened, out)
         return []
-    added = _added_rows(opened.config)
-    rows = opened.config.to_dict()["text_config"]["vocab_size"] + added
-    config["text_config"] = {**opened.config.to_dict()["text_config"], "vocab_size": rows}
-    write_json(out / "config.json", config)
-    native.copy_licences(folder.path, out)
-    _generation(folder, out)
-    tokenizer = native.open_tokenizer(folder)
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None and len(tokenizer) < rows:
-        tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    tokenizer.chat_template = TEMPLATE
+    config, added = opened.config.to_dict(), _added_rows(opened.config)
+    config["text_config"]["vocab_size"] += added
+    tokenizer = _native_tokenizer(folder, rows=config["text_config"]["vocab_size"])
     tokenizer.save_pretrained(out)
-    vision = opened.config.to_dict()["vision_config"]
+    config.update({"ignore_index": -100, "pad_token_id": tokenizer.pad_token_id, configs.RECORD: dict(record)})
+    write_json(out / "config.json", config)
+    (out / RECORD).write_bytes(companions(folder)[RECORD])
+    native.copy_licences(folder.path, out)
+    if (folder.path / "generation_config.json").is_file():
+        (out / "generation_config.json").write_bytes((folder.path / "generation_config.json").read_bytes())
+    vision = config["vision_config"]
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE,
         "patch_size": vision["patch_size"],
         "num_additional_image_tokens": 1 if vision["model_type"] == "clip_vision_model" else 0,
-        "vision_feature_select_strategy": opened.config.to_dict()["vision_feature_select_strategy"],
+        "vision_feature_select_strategy": config["vision_feature_select_strategy"],
     }
     write_json(out / "processor_config.json", processor)
     _preprocessor(opened, out)
     notes = [f"embedding and head have {added} rows more than the model, for {IMAGE}: the mean of the others"]
     return notes if added else []
+
+
+def _native_tokenizer(folder: ModelFolder, *, rows: int) -> PreTrainedTokenizerBase:
+    """With `<image>`, a token to pad with if there is room for it, and the prompt as a template."""
+    tokenizer = open_tokenizer(folder)
+    if tokenizer.pad_token is None and len(tokenizer) < rows:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
 
 
 def _write_xtuner(opened: OpenedFolder, out: Path, record: Mapping[str, Any]) -> list[str]:
@@ -229,6 +251,7 @@ def _write_xtuner(opened: OpenedFolder, out: Path, record: Mapping[str, Any]) ->
     language = {name: value for name, value in found.language.items() if not configs.is_of_pictures(name)}
     if origin(folder) == LLAVA:
         language.update(configs.causal(language, where=str(folder.path)))
+    language["vocab_size"] = opened.config.to_dict()["text_config"]["vocab_size"]
     write_json(out / "config.json", {**language, configs.RECORD: dict(record)})
     for name, config in ((TOWER, found.vision), (PROJECTOR, found.projector)):
         (out / name).mkdir(exist_ok=True)
@@ -238,8 +261,8 @@ def _write_xtuner(opened: OpenedFolder, out: Path, record: Mapping[str, Any]) ->
     for file in scripts:
         (out / PROJECTOR / file.name).write_bytes(file.read_bytes())
     missing = (
-        f"the base has no Python files of XTuner's {PROJECTOR}/; `xtuner chat` asks for them: copy them from an -xtuner "
-        "folder"
+        f"the base has no Python files of XTuner's {PROJECTOR}/; `xtuner chat` asks for them: copy them from an "
+        "-xtuner folder"
     )
     return [] if scripts else [missing]
 
@@ -250,7 +273,7 @@ def _write_llava(opened: OpenedFolder, out: Path, record: Mapping[str, Any]) -> 
     made = opened.config.to_dict()
     kept = {**record, "vision_config": configs.tower_config(found.vision, where=str(folder.path))}
     if origin(folder) == LLAVA:
-        config = {**found.language}
+        config = {**found.language, "vocab_size": made["text_config"]["vocab_size"]}
     else:
         aspect = "pad" if record.get("fit") == "pad_square" else "square"
         config = configs.llava_config(made, found.language, aspect=aspect)
@@ -268,14 +291,10 @@ def _language_files(folder: ModelFolder, out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def _generation(folder: ModelFolder, out: Path) -> None:
-    file = folder.path / "generation_config.json"
-    if file.is_file():
-        (out / file.name).write_bytes(file.read_bytes())
-
-
 def _preprocessor(opened: OpenedFolder, out: Path) -> None:
     file = preprocessor_folder(opened.folder).path / _PREPROCESSOR
+    if not file.is_file():  # in processor_config.json, as transformers 5 writes it
+        return
     settings = read_json(file)
     size = opened.media.image.size
     if size is not None:
