@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from vlmtune.errors import WeightsError
 from vlmtune.models.auto import AutoFamily
 from vlmtune.models.family import Family, ModelFolder
 from vlmtune.models.internvl import InternVLFamily
-from vlmtune.models.llava import LlavaFamily
+from vlmtune.models.llava import LlavaFamily, assemble
 
 # `auto` is last: it takes whatever transformers knows
 FAMILIES: Sequence[Family] = (InternVLFamily(), LlavaFamily(), AutoFamily())
@@ -28,3 +29,8 @@ def detect(folder: ModelFolder) -> Family:
         + ")",
         remedy="No code from a model folder is run. Convert the folder to its `-hf` layout if there is one.",
     )
+
+
+def assemble_parts(language: Path, tower: Path, out: Path, *, seed: int) -> None:
+    """A new model from a language model and a tower; see the function that it calls."""
+    assemble.assemble(language, tower, out, seed=seed)
