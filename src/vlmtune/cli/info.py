@@ -86,6 +86,7 @@ def _print(model: Description) -> None:
         ("parameters", f"{_short(total)}: {shares}"),
         ("prompt", repr(chat["prompt"])),
         ("answer", f"{chat['answer']!r}, ends at the ids {', '.join(map(str, chat['stop_ids']))}"),
+        *([("pictures", model.about_pictures)] if model.about_pictures else []),
         ("video", repr(model.video)),
         ("box", f"{model.box[0]!r} for left 10 %, top 10 %, right 50 %, bottom 50 % ({_UNITS[model.box[1]]})"),
         ("system turn", "yes" if chat["system"] else "not in this template"),

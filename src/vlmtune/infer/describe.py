@@ -25,9 +25,9 @@ SIZES: tuple[Size, ...] = ((224, 224), (448, 448), (640, 480), (1280, 720), (192
 class Description:
     """parameters: numbers in the files per component, tied tensors once. unknown: tensors that the model does not take.
 
-    pictures: (width, height) -> (ids in the sequence, tiles). first_frames, frames: the same for the first frame of a
-    video, and for the others. video: two frames as they stand in a prompt. box: how one is written, and its unit.
-    why_not_packed: None, or why rows are padded instead.
+    about_pictures: see `Family.about_pictures`. pictures: (width, height) -> (ids in the sequence, tiles).
+    first_frames, frames: the same for the first frame of a video, and for the others. video: two frames as they stand
+    in a prompt. box: how one is written, and its unit. why_not_packed: None, or why rows are padded instead.
     """
 
     path: str
@@ -43,6 +43,7 @@ class Description:
     pictures: dict[str, tuple[int, int]]
     first_frames: dict[str, tuple[int, int]]
     frames: dict[str, tuple[int, int]]
+    about_pictures: str | None
     video: str
     box: tuple[str, str]
     why_not_packed: str | None
@@ -87,6 +88,7 @@ def describe(located: Located) -> Description:
         pictures={f"{w}×{h}": _cost(opened, (w, h)) for w, h in SIZES},
         first_frames={f"{w}×{h}": _cost(opened, (w, h), frame=0) for w, h in SIZES},
         frames={f"{w}×{h}": _cost(opened, (w, h), frame=1) for w, h in SIZES},
+        about_pictures=opened.family.about_pictures(opened.spec),
         video=_video(opened.chat),
         box=(write_box(_BOX, opened.family.plan([_WHOLE], opened.spec), opened.boxes), opened.boxes.unit),
         why_not_packed=opened.why_not_packed,

@@ -240,6 +240,10 @@ class Family(Protocol):
         """How the model was taught to write boxes."""
         ...
 
+    def about_pictures(self, spec: Any) -> str | None:
+        """What a reader of `vlmtune info` could not guess about this model's pictures; None if nothing."""
+        ...
+
     def plan(self, sizes: Sequence[Size], spec: Any, frames: Sequence[int | None] = ()) -> tuple[MediaPlan, ...]:
         """All pictures of one sample at once (some families divide a tile budget among them); sizes only.
 

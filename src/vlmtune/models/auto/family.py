@@ -149,6 +149,10 @@ class AutoFamily:
     def boxes(self, folder: ModelFolder) -> BoxFormat:
         return conventions.boxes(str(folder.config.get("model_type")))
 
+    def about_pictures(self, spec: Any) -> str | None:
+        del spec
+        return None
+
     def plan(self, sizes: Sequence[Size], spec: AutoSpec, frames: Sequence[int | None] = ()) -> tuple[MediaPlan, ...]:
         numbers = frames or [None] * len(sizes)
         return tuple(

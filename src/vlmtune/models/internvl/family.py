@@ -143,6 +143,10 @@ class InternVLFamily:
         del folder
         return BoxFormat(template="<box>[[{x1}, {y1}, {x2}, {y2}]]</box>")
 
+    def about_pictures(self, spec: InternVLSpec) -> str | None:
+        del spec
+        return None
+
     def plan(
         self, sizes: Sequence[Size], spec: InternVLSpec, frames: Sequence[int | None] = ()
     ) -> tuple[MediaPlan, ...]:

@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from vlmtune.errors import WeightsError
 from vlmtune.models.family import ChatFormat, FrameFormat
 
+VICUNA = "vicuna"
+"""The name of this prompt in a native config.json."""
+
 _SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "

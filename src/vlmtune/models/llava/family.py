@@ -66,8 +66,9 @@ class LlavaFamily(AutoFamily):
 
     def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, spec: Spec) -> PretrainedConfig:
         config = self._own_config(folder, tokenizer)
-        if isinstance(spec, LlavaSpec):
-            config.update({RECORD: pictures.record_of(spec)})
+        record = _record(folder, spec)
+        if record:
+            config.update({RECORD: record})
         return config
 
     def _own_config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -93,11 +94,9 @@ class LlavaFamily(AutoFamily):
         return folders.companions(folder)
 
     def write_files(self, opened: OpenedFolder, layout: str, out: Path) -> list[str]:
-        if isinstance(opened.spec, AutoSpec):
-            if layout == NATIVE:
-                return super().write_files(opened, layout, out)
-            return folders.write_files(opened, layout, out, {})
-        return folders.write_files(opened, layout, out, pictures.record_of(opened.spec))
+        if isinstance(opened.spec, AutoSpec) and layout == NATIVE:
+            return super().write_files(opened, layout, out)
+        return folders.write_files(opened, layout, out, _record(opened.folder, opened.spec))
 
     def components(self, folder: ModelFolder) -> Components:
         if folders.layout(folder) == NATIVE:
@@ -130,14 +129,18 @@ class LlavaFamily(AutoFamily):
         spec: Spec,
         style: ChatStyle | None,
     ) -> ChatFormat:
+        if _speaks_vicuna(folder):
+            native.refuse_style(style)
+            return chat.vicuna(tokenizer, where=str(folder.path))
         if isinstance(spec, AutoSpec):
             return super().chat(folder, tokenizer, text, spec, style)
         native.refuse_style(style)
-        if folders.origin(folder) != NATIVE:
-            return chat.vicuna(tokenizer, where=str(folder.path))
         template = native.read_template(folder, tokenizer)
         mark = str(tokenizer.convert_ids_to_tokens(spec.placeholder_id))
         return probe(tokenizer, template, mark, text, place=str(folder.path))
+
+    def about_pictures(self, spec: Spec) -> str | None:
+        return pictures.about(spec) if isinstance(spec, LlavaSpec) else None
 
     def plan(self, sizes: Sequence[Size], spec: Spec, frames: Sequence[int | None] = ()) -> tuple[MediaPlan, ...]:
         if isinstance(spec, AutoSpec):
@@ -168,6 +171,18 @@ class LlavaFamily(AutoFamily):
 
     def prompt_inputs(self, prompts: Sequence[Encoded], spec: Spec) -> dict[str, torch.Tensor]:
         return {}
+
+
+def _speaks_vicuna(folder: ModelFolder) -> bool:
+    """XTuner's and LLaVA's prompt has pieces that no template is cut into, so native exports name it."""
+    record = folder.config.get(RECORD) or {}
+    return folders.origin(folder) != NATIVE or record.get("chat") == chat.VICUNA
+
+
+def _record(folder: ModelFolder, spec: Spec) -> dict[str, Any]:
+    """What config.json keeps for later runs."""
+    record = pictures.record_of(spec) if isinstance(spec, LlavaSpec) else {}
+    return {**record, "chat": chat.VICUNA} if _speaks_vicuna(folder) else record
 
 
 def _habits(folder: ModelFolder) -> Habits:

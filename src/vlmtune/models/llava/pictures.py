@@ -211,6 +211,19 @@ def _refuse_idle(options: ImageOptions, fit: Fit | None) -> None:
         raise _refused("swap_sides has an effect with fit: keep_aspect only", "Set fit: keep_aspect, or remove it.")
 
 
+def about(spec: LlavaSpec) -> str:
+    """How pictures are seen, and how many tokens of a square one are really left."""
+    square = (spec.edge, spec.edge)
+    left, whole = (_plan_one(square, spec, is_frame=False, whole=whole).num_tokens for whole in (False, True))
+    fit = {"keep_aspect": "in their own shape", "pad_square": "on a padded square", "stretch": "stretched"}
+    parts = [fit.get(spec.fit or "", "as its image processor cuts them")]
+    if spec.ratio < 1:
+        share = f"token_merge_ratio {spec.ratio:g} leaves {left} of {whole} tokens of {spec.edge}×{spec.edge} pixels"
+        parts.append(f"{share} ({100 * left / whole:.1f} %)")
+        parts += ["the first frame of a video stays whole"] if spec.slow_fast else []
+    return ", ".join(parts)
+
+
 def plan(sizes: Sequence[Size], spec: LlavaSpec, frames: Sequence[int | None] = ()) -> tuple[MediaPlan, ...]:
     """What each picture of a row becomes; with `slow_fast` the first of several frames of a video is not merged."""
     numbers = list(frames) or [None] * len(sizes)

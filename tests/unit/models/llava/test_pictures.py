@@ -17,6 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from videos import write_video
 
+from vlmtune.cli.main import main
+from vlmtune.config.load import load_config
 from vlmtune.config.schema import ImageOptions, MediaOptions, VideoOptions
 from vlmtune.data.collate import collate
 from vlmtune.data.encode import encode
@@ -137,6 +139,29 @@ def test_merging_is_chosen_for_a_plain_folder(tiny_folder: Callable[[str], Path]
     with pytest.raises(ConfigError, match="merges no tokens") as refused:
         open_folder(folder, MediaOptions(video=VideoOptions(slow_fast=True)))
     assert refused.value.where == "model.video.slow_fast"
+
+
+def test_the_true_share_is_told(tiny_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    large = {"image_size": 336, "patch_size": 14, "num_hidden_layers": 24}
+    config_of_l = LlavaConfig(vision_config={"model_type": CLIP, **large}, image_token_index=9)
+    media = MediaOptions(image=ImageOptions(token_merge_ratio=0.1), video=VideoOptions(slow_fast=True))
+    told = pictures.about(llava_spec(config_of_l, clip(336), Habits(), media))
+    assert "leaves 93 of 576 tokens of 336×336 pixels (16.1 %), the first frame of a video stays whole" in told
+    assert main(["info", str(tiny_folder("llava-merged"))]) == 0
+    printed = capsys.readouterr().out
+    assert "token_merge_ratio 0.5 leaves 12 of 16 tokens of 32×32 pixels (75.0 %)" in printed
+    assert main(["info", str(tiny_folder("llava"))]) == 0
+    assert "token_merge_ratio" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ratio", ["0", "1.5", "-0.1", "nan"])
+def test_a_ratio_is_a_share(tmp_path: Path, ratio: str) -> None:
+    file = tmp_path / "run.yaml"
+    model = "model: {path: m, image: {token_merge_ratio: RATIO}}".replace("RATIO", ratio)
+    file.write_text(f"{model}\ndata: {{sources: {{path: rows.jsonl}}}}\n")
+    with pytest.raises(ConfigError) as refused:
+        load_config(file)
+    assert "token_merge_ratio" in str(refused.value)
 
 
 def test_a_source_may_leave_its_pictures_whole(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
