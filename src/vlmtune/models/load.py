@@ -221,6 +221,7 @@ def load_weights(
     else:
         compat.restore_conversions(model)
     compat.forget_longest_row(model)
+    compat.forget_absent_layers(model)
     family.install(model)
     return cast(PreTrainedModel, model)
 
