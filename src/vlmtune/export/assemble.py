@@ -35,11 +35,11 @@ def assemble(language: str, tower: str, out: str | Path, *, layout: str = AS_ASS
     target = Path(out).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError("the output folder is in use", where=str(target), remedy="Choose another folder.")
-    sources = [read_folder(part).path for part in (language, tower)]
+    text, vision = read_folder(language).path, read_folder(tower).path
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.parts")
     try:
         draft.mkdir(parents=True)
-        assemble_parts(*sources, draft, seed=seed)
+        assemble_parts(text, vision, draft, seed=seed)
         open_folder(draft)  # tokenizer, image processor and prompt, before the folder has its name
         if layout == AS_ASSEMBLED:
             draft.rename(target)

@@ -16,7 +16,8 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from vlmtune import compat
 from vlmtune.config.hub import HUB_ID
@@ -215,6 +216,7 @@ def load_weights(
     except (OSError, SafetensorError) as error:
         raise strict.unreadable(error, folder.path) from error
     model, info = loaded
+    _say_origin(model, folder.path)
     strict.check_loading(info, where=str(folder.path))
     if table is None:
         compat.forget_unused_conversions(model)
@@ -235,6 +237,15 @@ def _from(folder: Path) -> dict[str, Any]:
     if source.one_folder:
         return {"pretrained_model_name_or_path": folder, "use_safetensors": True}
     return {"pretrained_model_name_or_path": None, "state_dict": {name: source.read(name) for name in source.infos}}
+
+
+def _say_origin(model: Any, folder: Path) -> None:
+    """What transformers does by itself for a model that it reads from a folder."""
+    if model.name_or_path == str(folder):
+        return
+    model.name_or_path = model.config.name_or_path = str(folder)  # an adapter names its base by it
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _reading(config: PretrainedConfig, table: WeightTable | None) -> AbstractContextManager[None]:

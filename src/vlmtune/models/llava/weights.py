@@ -1,7 +1,8 @@
 """The layouts of LLaVA's weights against the parameters of transformers' LlavaForConditionalGeneration.
 
 XTuner writes three folders, whose tensors have the names that the parts have by themselves; official LLaVA
-(haotian-liu) hangs tower and projector into the language model; transformers' own files keep the names of its older classes.
+(haotian-liu) hangs tower and projector into the language model; transformers' own files keep the names of its older
+classes.
 """
 
 from __future__ import annotations
