@@ -54,7 +54,7 @@ class Pictures:
 
     name = "counted"
 
-    def plan(self, sizes: Sequence[Size], spec: Counted, is_frame: Sequence[bool] = ()) -> tuple[MediaPlan, ...]:
+    def plan(self, sizes: Sequence[Size], spec: Counted, frames: Sequence[int | None] = ()) -> tuple[MediaPlan, ...]:
         counts = zip(sizes, spec.counts, strict=True)
         return tuple(MediaPlan(size=size, num_tokens=n, num_tiles=1, layout=(n,)) for size, n in counts)
 

@@ -162,6 +162,12 @@ def _llava(folder: Path) -> PreTrainedConfig:
     )
 
 
+def _llava_merged(folder: Path) -> PreTrainedConfig:
+    config = _llava(folder)
+    config.update({"vlmtune": {"token_merge_ratio": 0.5}})
+    return config
+
+
 _QWEN_TOKENS = [
     "<pad>",
     "<|im_start|>",
@@ -323,6 +329,7 @@ def _save_processor(
 KINDS: Mapping[str, Callable[[Path], PreTrainedConfig]] = {
     "internvl": _internvl,
     "llava": _llava,
+    "llava-merged": _llava_merged,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "smolvlm": _smolvlm,

@@ -78,6 +78,16 @@ def forget_unused_conversions(model: Any) -> None:
     model._weight_conversions = [rule for rule in model._weight_conversions if rule.was_used()]
 
 
+def forget_absent_layers(model: Any) -> None:
+    """Lets FSDP shard a model with the vision tower of CLIP or SigLIP.
+
+    transformers 5.23: the tower also names parts of the text model that it was trained with as what must not be split,
+    and accelerate refuses a model that lacks one of them.
+    """
+    present = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = {name for name in model._no_split_modules or () if name in present}
+
+
 @contextlib.contextmanager
 def conversion_rules(model_type: str, rules: Sequence[Any]) -> Iterator[None]:
     """While it lasts, `from_pretrained` of an architecture reads weights by `rules` instead of transformers' own.

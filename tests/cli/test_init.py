@@ -55,4 +55,4 @@ def test_a_mistyped_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "auto_loar"]) == 2
     assert capsys.readouterr().err == "error: vlmtune init: there is no example 'auto_loar'. Did you mean auto_lora?\n"
     assert main(["init", "xyz"]) == 2
-    assert "There are auto_full, auto_lora" in capsys.readouterr().err
+    assert "There are auroracap_language, auroracap_projector" in capsys.readouterr().err

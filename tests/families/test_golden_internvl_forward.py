@@ -66,7 +66,7 @@ def load(case: Path) -> Any:
         has_head=any(name.endswith(("lm_head.weight", "output.weight")) for name in names),
         where=str(case),
     )
-    return load_weights(folder, detect(folder.config, where=str(case)), config, table_of(folder)).eval()
+    return load_weights(folder, detect(folder), config, table_of(folder)).eval()
 
 
 def table_of(folder: ModelFolder) -> Any:

@@ -43,7 +43,7 @@ def _assert_alike(first: tuple[list[float], dict[str, Any]], second: tuple[list[
         torch.testing.assert_close(tensor, second[1][name], rtol=1e-4, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["internvl", "official-internlm2"])
+@pytest.mark.parametrize("kind", ["internvl", "llava-merged", "official-internlm2"])
 @pytest.mark.parametrize("tuning", [{"method": "full"}, {"method": "lora", "rank": 4}])
 def test_accumulation_padding_and_packing_train_alike(
     tmp_path: Path, base_folder: Callable[[str], Path], rows: Path, tuning: dict[str, Any], kind: str

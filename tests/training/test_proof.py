@@ -130,7 +130,7 @@ def test_tower_is_demanded_at_the_first_step_with_a_picture(
         train(config)
 
 
-@pytest.mark.parametrize("kind", ["internvl", "llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize("kind", ["internvl", "llava", "llava-merged", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
 @pytest.mark.parametrize(
     "tuning",
     [

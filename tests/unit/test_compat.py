@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import InternVLForConditionalGeneration, LlamaConfig, LlamaForCausalLM, conversion_mapping
+from transformers import (
+    InternVLForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    conversion_mapping,
+)
 
 from vlmtune import compat
 from vlmtune.models.load import open_folder
@@ -160,3 +167,16 @@ def test_dynamic_frequencies_remember_the_longest_row_unless_told_to_forget() ->
     compat.forget_longest_row(model)
     model(longer)
     assert torch.equal(model(long).logits, alone)
+
+
+@pytest.mark.parametrize("kind", ["clip_vision_model", "siglip_vision_model"])
+def test_towers_name_layers_that_they_do_not_have(kind: str) -> None:
+    """accelerate looks for each of these names in the model, and refuses to shard it where one is absent."""
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = {"model_type": "llama", "vocab_size": 4, **small}
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config={"model_type": kind, **small}, text_config=text))
+    present = {type(module).__name__ for module in model.modules()}
+    assert set(model._no_split_modules) - present, "transformers mended it: remove compat.forget_absent_layers"
+    compat.forget_absent_layers(model)
+    assert set(model._no_split_modules) <= present
+    assert {"LlamaDecoderLayer", f"{'CLIP' if 'clip' in kind else 'Siglip'}EncoderLayer"} <= model._no_split_modules

@@ -86,6 +86,7 @@ def _print(model: Description) -> None:
         ("parameters", f"{_short(total)}: {shares}"),
         ("prompt", repr(chat["prompt"])),
         ("answer", f"{chat['answer']!r}, ends at the ids {', '.join(map(str, chat['stop_ids']))}"),
+        *([("pictures", model.about_pictures)] if model.about_pictures else []),
         ("video", repr(model.video)),
         ("box", f"{model.box[0]!r} for left 10 %, top 10 %, right 50 %, bottom 50 % ({_UNITS[model.box[1]]})"),
         ("system turn", "yes" if chat["system"] else "not in this template"),
@@ -95,9 +96,12 @@ def _print(model: Description) -> None:
         lines.append(("warning", f"{model.unknown} tensors that the model does not take, {model.missing} missing ones"))
     for name, text in lines:
         print(f"{name:<14} {text}")
-    print("\nwidth×height -> tokens and tiles of a picture, tokens of a frame")
+    differs = model.first_frames != model.frames
+    more = ", of the first frame of a video and of each further one" if differs else ", tokens of a frame"
+    print(f"\nwidth×height -> tokens and tiles of a picture{more}")
     for size, (tokens, tiles) in model.pictures.items():
-        print(f"  {size:<12} {tokens:>6} {tiles:>4} {model.frames[size][0]:>6}")
+        first = f" {model.first_frames[size][0]:>6}" if differs else ""
+        print(f"  {size:<12} {tokens:>6} {tiles:>4}{first} {model.frames[size][0]:>6}")
 
 
 def _short(count: int) -> str:

@@ -29,9 +29,16 @@ class VideoOptions(Section):
     """Which frames of a video become pictures; eight spread evenly when neither is given."""
 
     num_frames: Annotated[int, Field(ge=1)] | None = None
-    """Frames spread evenly from the first to the last; both ends are always among them, so 1 gives two."""
+    """Frames spread evenly from the first to the last; both ends are among them, see `last_frame`."""
     fps: Annotated[float, Field(gt=0)] | None = None
     """Frames per second of the film instead of a number of frames."""
+    last_frame: bool = True
+    """With `num_frames`: the last frame is always shown, as AuroraCap's reader does, so that 1 gives two frames; with
+    false, 1 gives the first alone."""
+    slow_fast: bool | None = None
+    """Show the first frame of a video with all its tokens, and merge those of the others
+    (`model.image.token_merge_ratio`); as the model folder says when left out, else false. The only frame of a video is
+    merged."""
 
     @model_validator(mode="after")
     def _one_rule(self) -> VideoOptions:

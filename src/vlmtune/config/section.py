@@ -35,9 +35,19 @@ class ImageOptions(Section):
     """Edge of a tile in pixels (official InternVL: `force_image_size`)."""
     thumbnail: bool | None = None
     """Show a picture of several tiles once more as a whole (official InternVL: `use_thumbnail`)."""
-    fit: Literal["stretch", "pad_square"] | None = None
-    """How a picture that is not cut becomes a square: stretched, or on a square of the mean colour (official InternVL:
-    `pad2square`). With `max_tiles: 1`."""
+    fit: Literal["stretch", "pad_square", "keep_aspect"] | None = None
+    """How a picture that is not cut is brought to the tower's size: stretched to the square; put on a square of the
+    mean colour first (official InternVL: `pad2square`, with `max_tiles: 1`; XTuner: `pad_image_to_square`); or with its
+    shorter side brought to the square's and the other in proportion (LLaVA models only; AuroraCap:
+    `keep_aspect_ratio`). As the model folder's preprocessor does when left out; XTuner's folders pad."""
+    token_merge_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of a picture's tokens that merging in the vision tower is to leave, for LLaVA models with a CLIP or SigLIP
+    tower (AuroraCap: `visual_token_merge_ratio`, `token_kept_ratio`); 1 merges nothing. More are left than the share
+    says (16 % for 0.1 in CLIP-L), since a layer merges half of its tokens at most and the last layers are not used:
+    `vlmtune info` shows the numbers."""
+    swap_sides: bool | None = None
+    """With `fit: keep_aspect`: give a picture its height as width and its width as height, as AuroraCap's loader does,
+    which twists it; false when left out, and true for XTuner's folders."""
     max_pixels: Annotated[int, Field(ge=1)] | None = None
     """Largest area after resizing, in pixels, for models that keep the aspect ratio (Qwen-VL)."""
     min_pixels: Annotated[int, Field(ge=1)] | None = None

@@ -83,7 +83,8 @@ def _draft(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> _Draft:
     groups: list[list[Run] | int] = []
     for group in _groups(pieces):
         at_start = not groups and not opened.chat.prefix_ids
-        groups.append(group if isinstance(group, int) else opened.text.cut(group, at_start=at_start))
+        alone = opened.chat.runs_alone
+        groups.append(group if isinstance(group, int) else opened.text.cut(group, at_start=at_start, alone=alone))
     return _Draft(groups, media)
 
 
@@ -154,7 +155,7 @@ def _plan(sample: Sample, opened: OpenedFolder) -> _RowMedia:
             films.append(film(part.ref, opened.media))
             refs += films[-1].frames
             sizes += films[-1].sizes
-    plans = opened.family.plan(sizes, opened.spec, [ref.frame is not None for ref in refs])
+    plans = opened.family.plan(sizes, opened.spec, [ref.frame for ref in refs])
     return _RowMedia(tuple(zip(refs, plans, strict=True)), tuple(films))
 
 

@@ -116,7 +116,7 @@ class _Writer:
         if chat.strips_ends:
             items = _strip_ends(items)
         if chat.block:
-            items = _in_block(items, chat.block)
+            items = _in_block(items, chat.block, chat.image_joint)
         pieces: list[Piece] = []
         for item in items:
             if not pieces and (isinstance(item, _Words) or item.begins_with_text):
@@ -208,13 +208,18 @@ def _fold(items: Sequence[_Words | _Medium]) -> None:
             before.segments[-1:] = _kept(last, last.text.removesuffix("\n") if not last.template else last.text)
 
 
-def _in_block(items: Sequence[_Words | _Medium], block: tuple[str, str, str]) -> list[_Words | _Medium]:
+def _in_block(
+    items: Sequence[_Words | _Medium], block: tuple[str, str, str], image_joint: str
+) -> list[_Words | _Medium]:
     """The media, which stand first, as one; white space around the text was there for their marks."""
-    media = [piece for item in items if isinstance(item, _Medium) for piece in item.pieces]
+    media: list[Piece] = []
+    for item in items:
+        if isinstance(item, _Medium):
+            media += [*([_fixed(image_joint)] if media and image_joint else []), *item.pieces]
+    if not media:
+        return list(items)
     texts = [_Words(_strip(item.segments)) for item in items if isinstance(item, _Words)]
     texts = [item for item in texts if item.segments]
-    if not media:
-        return [*texts]
     before, after, joint = block
     return [_Medium([_fixed(before), *media, _fixed(after + (joint if texts else ""))]), *texts]
 

@@ -21,6 +21,7 @@ from vlmtune.eval.metrics import Metrics, exact, score
 from vlmtune.eval.tasks import Task, num_tasks, tasks
 from vlmtune.files import write_atomic
 from vlmtune.infer.session import Session, to_device
+from vlmtune.nn.side_inputs import hand_over
 from vlmtune.progress import track
 from vlmtune.versions import versions
 
@@ -181,7 +182,7 @@ def summed_loss(session: Session, rows: Sequence[Encoded], max_length: int | Non
     size = min(max_length or 4096, opened.shared_length or 2**31)
     for pack in _packs(rows, size, packs=opened.why_not_packed is None):
         batch = collate([pack], session.opened, stand_in=False)
-        inputs = to_device(batch.inputs, session.device, session.dtype)
+        inputs = hand_over(session.model, to_device(batch.inputs, session.device, session.dtype))
         # One row: the mask becomes positions, which every transformers model takes.
         inputs["logits_to_keep"] = inputs["logits_to_keep"][0].nonzero().flatten()
         with torch.inference_mode():

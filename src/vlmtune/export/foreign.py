@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from vlmtune.errors import ExportError, UsageError
 from vlmtune.files import free_bytes, read_json, write_json
 from vlmtune.infer.locate import ADAPTER_CONFIG, Located
-from vlmtune.models.family import OFFICIAL
 from vlmtune.models.load import open_folder
 from vlmtune.models.native import copy_files
 from vlmtune.progress import track
@@ -26,11 +28,18 @@ from vlmtune.weights.foreign import alpha as alphas
 from vlmtune.weights.foreign import zero
 from vlmtune.weights.foreign.adapter import write_adapter
 from vlmtune.weights.foreign.alpha import Alpha
-from vlmtune.weights.foreign.parts import PROJECTOR, Parts, Place, check_fit, sort
+from vlmtune.weights.foreign.parts import Naming, Parts, Place, check_fit, is_projector, naming, sort
 from vlmtune.weights.foreign.recognise import ADAPTER, WORDS, rank_folder, tower
-from vlmtune.weights.foreign.tensors import of_file, read_pickle
-from vlmtune.weights.shards import Shards, TensorInfo, main_dtype
+from vlmtune.weights.foreign.tensors import Tensors, of_file, of_folders, read_pickle
+from vlmtune.weights.layout import WeightTable
+from vlmtune.weights.names import name_table, skeleton
+from vlmtune.weights.places import folders
+from vlmtune.weights.shards import Shards, Source, TensorInfo, main_dtype
 
+if TYPE_CHECKING:
+    from vlmtune.models.family import OpenedFolder
+
+OFFICIAL: Naming = "official"
 _DTYPES = ("float32", "bfloat16", "float16")
 _PROMPTS = (
     "XTuner trains with a prompt of its own (another system text, all pictures of a turn in front of it); others "
@@ -44,13 +53,14 @@ class Laid:
     """What the usual export goes on with.
 
     located: ordinary folders. in_full: tensors of the model folder that are the checkpoint's, not the base's. dtype:
-    what the base's weights are kept in, where the checkpoint's are wider; None where they are alike. notes: in what way
-    others will use the export differently from how it was trained.
+    what the base's weights are kept in, where the checkpoint's are wider; None where they are alike. layout: in which
+    the model is wanted back; None: that of the model folder. notes: what the user has to know of the way here.
     """
 
     located: Located
     in_full: frozenset[str] = frozenset()
     dtype: str | None = None
+    layout: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -72,12 +82,13 @@ def laid_out(located: Located, beside: Path, *, alpha: float | None, second: Pat
         _refuse_options(alpha, second, "only checkpoints of other trainers need it")
         yield Laid(located)
         return
-    parts, own, text = _read(located, alpha, second)
-    notes = (_PROMPTS,) if "xtuner" in text else ()
+    parts, own, text, names = _read(located, alpha, second)
+    notes = (_PROMPTS,) if "xtuner" in text and names == OFFICIAL else ()
     room = beside.with_name(f".{beside.name}.{secrets.token_hex(4)}.foreign")
     try:
         room.mkdir(parents=True)
-        yield replace(_lay_out(located, parts, own, room), notes=notes)
+        laid = _lay_out(located, parts, own, room, names)
+        yield replace(laid, notes=(*laid.notes, *notes))
     finally:
         shutil.rmtree(room, ignore_errors=True)
 
@@ -88,27 +99,32 @@ def _refuse_options(alpha: float | None, second: Path | None, why: str) -> None:
             raise UsageError(f"was given, but {why}", where=option)
 
 
-def _read(located: Located, alpha: float | None, second: Path | None) -> tuple[Parts, Path | None, str]:
-    """The tensors by their official names, the folder of their own config.json (None: there is none), and the training
-    configuration as text ("" where the checkpoint holds none).
+def _read(located: Located, alpha: float | None, second: Path | None) -> tuple[Parts, Path | None, str, Naming]:
+    """The tensors by their official names, the folder of their own config.json (None: there is none), the training
+    configuration as text ("" where the checkpoint holds none), and whose names they are.
     """
     path = located.path
     if located.foreign == "peft":
         _refuse_options(alpha, None, "adapter_config.json says it")
         parts = _adapter(path)
-        return (parts.joined(_adapter(second)) if second else parts), None, ""
+        return (parts.joined(_adapter(second)) if second else parts), None, "", OFFICIAL
     _refuse_options(None, second, "this is no adapter that was saved apart")
     if located.foreign == "unmerged":
         _refuse_options(alpha, None, "config.json says it")
-        return sort(Shards(path), alphas.of_official(read_json(path / "config.json"), where=str(path))), path, ""
+        found = alphas.of_official(read_json(path / "config.json"), where=str(path))
+        return sort(Shards(path), found), path, "", OFFICIAL
+    if located.foreign == "parts":
+        _refuse_options(alpha, None, "this checkpoint has no LoRA")
+        source = of_folders({place.name: place for place in folders(path)[1:]}, path)
+        return sort(source, _alpha(None, "", None, path)), None, "", naming(source)
     if located.foreign == "pickle":
         source, text = read_pickle(path)
-        return sort(source, _alpha(alpha, text, None, path)), None, text
+        return sort(source, _alpha(alpha, text, None, path)), None, text, naming(source)
     folder = rank_folder(path)
     assert folder is not None  # or it would not be of this kind
     source, text = zero.read_zero(folder)
     own = next((place for place in (path, folder.parent) if (place / "config.json").is_file()), None)
-    return sort(source, _alpha(alpha, text, own, path)), own, text
+    return sort(source, _alpha(alpha, text, own, path)), own, text, naming(source)
 
 
 def _alpha(value: float | None, text: str, own: Path | None, path: Path) -> Alpha:
@@ -129,9 +145,9 @@ def _adapter(folder: Path) -> Parts:
     return sort(of_file(file), alphas.of_adapter(config, where=str(folder)), prefix=f"{part}.")
 
 
-def _lay_out(located: Located, parts: Parts, own: Path | None, room: Path) -> Laid:
+def _lay_out(located: Located, parts: Parts, own: Path | None, room: Path, names: Naming) -> Laid:
     if located.base is not None:
-        return _on_base(replace(located, foreign=None), located.base, parts, room)
+        return _on_base(replace(located, foreign=None), located.base, parts, room, names)
     if own is None:
         raise UsageError(
             f"this is {WORDS[located.foreign or 'pickle']}, which holds no config.json and no tokenizer",
@@ -147,40 +163,73 @@ def _lay_out(located: Located, parts: Parts, own: Path | None, room: Path) -> La
     return Laid(_under_adapter(plain, replace(parts, whole={}), model, room) if parts.lora else plain, dtype=dtype)
 
 
-def _on_base(located: Located, base: Path, parts: Parts, room: Path) -> Laid:
+def _on_base(located: Located, base: Path, parts: Parts, room: Path, names: Naming) -> Laid:
     """A checkpoint that goes with a base: only what it trained lies in it."""
     opened = open_folder(base, located.media)
-    if opened.layout != OFFICIAL:
-        raise UsageError(f"the base is of the layout {opened.layout}", where=str(base), expected="an official folder")
-    under = Shards(base)
+    if names not in opened.layouts or (names == OFFICIAL and opened.layout != OFFICIAL):
+        raise UsageError(
+            f"the base is of the layout {opened.layout}", where=str(base),
+            expected="an official folder" if names == OFFICIAL else "a LLaVA model",
+        )  # fmt: skip
+    under = Shards(base) if names == opened.layout else _under_names(opened, names)
     check_fit(parts, under.infos, base_folder=base)
-    projector = {name for name in under.infos if name.startswith(PROJECTOR)}
+    projector = {name for name in under.infos if is_projector(name)}
     in_adapter = projector if parts.lora and projector <= set(parts.whole) else set()
     whole = {name: place for name, place in parts.whole.items() if name not in in_adapter}
     infos = {name: replace(whole[name].info, name=name) if name in whole else under.infos[name] for name in under.infos}
     over = replace(parts, whole={**{name: Place(under, name) for name in under.infos}, **whole})
-    model = _write_model(infos, over, base, room) if whole else base
+    model = _write_model(infos, over, base, room, opened if names != OFFICIAL else None) if whole else base
     wider = any(infos[name].dtype != under.infos[name].dtype for name in whole)
     plain = replace(located, path=model, base=None)
     return Laid(
-        _under_adapter(plain, replace(parts, whole={n: parts.whole[n] for n in in_adapter}), model, room)
+        _under_adapter(plain, replace(parts, whole={n: parts.whole[n] for n in in_adapter}), model, room, names)
         if parts.lora
         else plain,
         in_full=frozenset(whole),
         dtype=main_dtype(under) if wider else None,
+        layout=opened.family.home_layout(opened.folder),
+        notes=() if names == OFFICIAL else _from_base(opened, set(under.infos) - set(parts.whole)),
     )
 
 
-def _under_adapter(plain: Located, parts: Parts, model: Path, room: Path) -> Located:
+def _under_names(opened: OpenedFolder, names: Naming) -> Source:
+    """The tensors of a folder by their names in another layout, which packs none of them."""
+    source = Shards(opened.folder.path)
+    links = name_table(skeleton(opened), source.infos, opened.table).links
+    places = {
+        link.disk: disk
+        for disk, found in links.items()
+        for parameter in found.parameters
+        if (link := opened.layouts[names].link_of(parameter))
+    }
+    infos = {name: replace(source.infos[disk], name=name) for name, disk in places.items()}
+    return Tensors(source.folder, infos, lambda name: source.read(places[name]))
+
+
+def _from_base(opened: OpenedFolder, names: Collection[str]) -> tuple[str, ...]:
+    """What of the base stayed as it was, by component."""
+    table = opened.layouts["xtuner"]
+    links = [link for name in names if (link := table.link(name))]
+    counts = Counter(opened.components.of(link.parameters[0]) for link in links)
+    found = ", ".join(f"{count} tensors of the {name} component" for name, count in counts.items())
+    return (f"not in the checkpoint, and so taken from the base: {found}",) if found else ()
+
+
+def _under_adapter(plain: Located, parts: Parts, model: Path, room: Path, names: Naming = OFFICIAL) -> Located:
     """The model under an adapter of ours with the LoRA of `parts`, and what else of it fits there."""
     adapter = room / "adapter"
     adapter.mkdir()
-    write_adapter(parts, open_folder(model, plain.media).layouts[OFFICIAL], model, adapter)
+    write_adapter(parts, open_folder(model, plain.media).layouts[names], model, adapter)
     return replace(plain, path=adapter, base=model)
 
 
-def _write_model(infos: Mapping[str, TensorInfo], parts: Parts, files: Path, room: Path) -> Path:
-    """An official folder with the tensors of `parts.whole`; configuration and tokenizer are those of `files`."""
+def _write_model(
+    infos: Mapping[str, TensorInfo], parts: Parts, files: Path, room: Path, opened: OpenedFolder | None = None
+) -> Path:
+    """An official folder with the tensors of `parts.whole`; configuration and tokenizer are those of `files`.
+
+    opened: `files`, to write a folder of XTuner's instead.
+    """
     needed, free = sum(info.num_bytes for info in infos.values()), free_bytes(room)
     if needed > free:
         raise ExportError(
@@ -195,8 +244,29 @@ def _write_model(infos: Mapping[str, TensorInfo], parts: Parts, files: Path, roo
     def advance(steps: Iterable[TensorInfo]) -> Iterable[TensorInfo]:
         return track(steps, total=len(infos), label="laying out tensors")
 
-    shards.write_shards(model, list(infos.values()), lambda name: parts.whole[name].read(), advance=advance)
+    def read(name: str) -> torch.Tensor:
+        return parts.whole[name].read()
+
+    if opened is not None:
+        _write_parts(model, infos, read, opened.layouts["xtuner"])
+        opened.family.write_files(opened, "xtuner", model)
+        return model
+    shards.write_shards(model, list(infos.values()), read, advance=advance)
     copy_files(files, model, more=("*.py",))
     config = read_json(model / "config.json")
     write_json(model / "config.json", {**config, **{name: 0 for name in _LORA_OPTIONS if name in config}})
     return model
+
+
+def _write_parts(
+    model: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor], table: WeightTable
+) -> None:
+    """The tensors in the folders that the layout has them in."""
+    places: dict[str, list[TensorInfo]] = {}
+    for name, info in infos.items():
+        link = table.link(name)
+        assert link is not None, name  # the names were compared with the base's, which the layout covers
+        places.setdefault(link.folder, []).append(info)
+    for folder, plan in places.items():
+        (model / folder).mkdir(exist_ok=True)
+        shards.write_shards(model / folder, plan, read)

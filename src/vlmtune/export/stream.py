@@ -12,6 +12,7 @@ import torch
 from vlmtune.errors import ExportError, WeightsError
 from vlmtune.export.merge import Merge
 from vlmtune.infer.session import torch_dtype
+from vlmtune.models.family import NATIVE
 from vlmtune.progress import track
 from vlmtune.weights import shards
 from vlmtune.weights.layout import Link
@@ -44,7 +45,7 @@ def plan_route(opened: OpenedFolder, source: Shards, layout: str) -> Route:
     model = skeleton(opened)
     table = name_table(model, source.infos, opened.table)
     sources = table.link_of
-    if layout == opened.layout:
+    if layout == opened.layout and not (layout == NATIVE and NATIVE in opened.layouts):
         known = {disk: link for disk, link in table.links.items() if disk not in table.converted}
         return Route(sources, {disk: known.get(disk, Link(disk, ())) for disk in source.infos})
     unknown = [disk for disk in source.infos if disk not in table.links]
@@ -85,13 +86,19 @@ class Stream:
 
     def write(self, draft: Path) -> None:
         """All tensors into `draft`."""
-        plan = [self._info(name, link) for name, link in self._route.targets.items()]
+        targets = self._route.targets
+        for folder in dict.fromkeys(link.folder for link in targets.values()):
+            (draft / folder).mkdir(exist_ok=True)
+            self._write(draft / folder, {name: link for name, link in targets.items() if link.folder == folder})
+
+    def _write(self, folder: Path, targets: Mapping[str, Link]) -> None:
+        plan = [self._info(name, link) for name, link in targets.items()]
         written = {info.name: info.dtype for info in plan}
 
         def advance(infos: Iterable[TensorInfo]) -> Iterable[TensorInfo]:
             return track(infos, total=len(plan), label="writing tensors")
 
-        shards.write_shards(draft, plan, lambda name: self._tensor(name, written[name]), advance=advance)
+        shards.write_shards(folder, plan, lambda name: self._tensor(name, written[name]), advance=advance)
 
     def parameter(self, name: str) -> torch.Tensor:
         """One parameter as the export will hold it, before it is cast."""
@@ -105,7 +112,7 @@ class Stream:
         if not link.parameters:
             return self._cast_info(self._source.infos[name])
         infos = [self._source.infos[self._route.sources[one].disk] for one in link.parameters]
-        shape = _joined(link, [self._shape(one) for one in link.parameters])
+        shape = link.op.whole(tuple(self._shape(one) for one in link.parameters))
         return self._cast_info(TensorInfo(name, infos[0].dtype, shape))
 
     def _cast_info(self, info: TensorInfo) -> TensorInfo:
@@ -136,11 +143,6 @@ class Stream:
     def _count(self, disk: str, wanted: str) -> None:
         kept = "unchanged" if self._source.infos[disk].dtype == wanted else "cast"
         self.counts["replaced" if disk in self._in_full else kept] += 1
-
-
-def _joined(link: Link, parts: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of a tensor from those of its parts, which every operation stacks along dimension 0."""
-    return (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
 
 
 def _cast(tensor: torch.Tensor, code: str, name: str) -> torch.Tensor:

@@ -98,7 +98,10 @@ def expect(source: Session, dtype: torch.dtype) -> Expected:
 
 
 def compare(expected: Expected, logits: Sequence[torch.Tensor]) -> list[Comparison]:
-    """`logits` are those of the written folder, freshly loaded in float32, on the expected prompts."""
+    """`logits` are those of the written folder, freshly loaded in float32, on the expected prompts.
+
+    The folder may know ids beyond the trained model's, where its layout asks for them; those are not compared.
+    """
     found = []
     rows = zip(expected.prompts, expected.logits, logits, expected.one_cast, strict=True)
     for prompt, before, after, one_cast in rows:
@@ -106,7 +109,7 @@ def compare(expected: Expected, logits: Sequence[torch.Tensor]) -> list[Comparis
             Comparison(
                 prompt=prompt.origin,
                 num_positions=len(before),
-                difference=difference(before, after),
+                difference=difference(before, after[:, : before.shape[1]]),
                 limit=max(TOLERANCE, RELATIVE * float(before.abs().max()), 2 * one_cast),
                 one_cast=one_cast,
             )

@@ -162,8 +162,8 @@ def _write(laid: Laid, draft: Path, layout: str | None, dtype: DtypeName | None)
     """Weights and files; no comparison yet."""
     located = laid.located
     opened = open_folder(located.model_folder, located.media)
-    layout = layout or opened.family.home_layout(opened.folder)
-    known = (NATIVE, *opened.layouts)
+    layout = layout or laid.layout or opened.family.home_layout(opened.folder)
+    known = tuple(dict.fromkeys((NATIVE, *opened.layouts)))
     if layout not in known:
         raise UsageError(
             f"no layout {layout!r} for {opened.family.name}", where="--layout", expected=" or ".join(known)

@@ -25,9 +25,9 @@ SIZES: tuple[Size, ...] = ((224, 224), (448, 448), (640, 480), (1280, 720), (192
 class Description:
     """parameters: numbers in the files per component, tied tensors once. unknown: tensors that the model does not take.
 
-    pictures: (width, height) -> (ids in the sequence, tiles). frames: the same for a frame of a video. video: two
-    frames as they stand in a prompt. box: how one is written, and its unit. why_not_packed: None, or why rows are
-    padded instead.
+    about_pictures: see `Family.about_pictures`. pictures: (width, height) -> (ids in the sequence, tiles).
+    first_frames, frames: the same for the first frame of a video, and for the others. video: two frames as they stand
+    in a prompt. box: how one is written, and its unit. why_not_packed: None, or why rows are padded instead.
     """
 
     path: str
@@ -41,7 +41,9 @@ class Description:
     missing: int
     chat: dict[str, Any]
     pictures: dict[str, tuple[int, int]]
+    first_frames: dict[str, tuple[int, int]]
     frames: dict[str, tuple[int, int]]
+    about_pictures: str | None
     video: str
     box: tuple[str, str]
     why_not_packed: str | None
@@ -83,8 +85,10 @@ def describe(located: Located) -> Description:
         unknown=len(shards) - len(table.links),
         missing=len(missing),
         chat=_chat(opened.chat),
-        pictures={f"{w}×{h}": _cost(opened, (w, h), is_frame=False) for w, h in SIZES},
-        frames={f"{w}×{h}": _cost(opened, (w, h), is_frame=True) for w, h in SIZES},
+        pictures={f"{w}×{h}": _cost(opened, (w, h)) for w, h in SIZES},
+        first_frames={f"{w}×{h}": _cost(opened, (w, h), frame=0) for w, h in SIZES},
+        frames={f"{w}×{h}": _cost(opened, (w, h), frame=1) for w, h in SIZES},
+        about_pictures=opened.family.about_pictures(opened.spec),
         video=_video(opened.chat),
         box=(write_box(_BOX, opened.family.plan([_WHOLE], opened.spec), opened.boxes), opened.boxes.unit),
         why_not_packed=opened.why_not_packed,
@@ -92,8 +96,12 @@ def describe(located: Located) -> Description:
     )
 
 
-def _cost(opened: OpenedFolder, size: Size, *, is_frame: bool) -> tuple[int, int]:
-    (plan,) = opened.family.plan([size], opened.spec, [is_frame])
+def _cost(opened: OpenedFolder, size: Size, *, frame: int | None = None) -> tuple[int, int]:
+    """ids and tiles of a picture, or of the first or second frame of a video of two."""
+    if frame is None:
+        (plan,) = opened.family.plan([size], opened.spec)
+    else:
+        plan = opened.family.plan([size, size], opened.spec, [0, 1])[frame]
     return plan.num_tokens, plan.num_tiles
 
 

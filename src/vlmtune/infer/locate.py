@@ -92,7 +92,7 @@ def _foreign(path: Path, kind: Kind, base: str | Path | None, *, welcome: bool) 
         )  # fmt: skip
     if kind == "unmerged" and base is not None:
         raise UsageError("--base was given, but this checkpoint holds the whole model", where=str(path))
-    if kind in ("pickle", "peft") and base is None:
+    if kind in ("pickle", "peft", "parts") and base is None:
         raise UsageError(
             f"this is {WORDS[kind]}, which does not hold the model that it was trained on", where=str(path),
             remedy="Point to that model's official folder: --base DIR.",

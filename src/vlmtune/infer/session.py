@@ -17,6 +17,7 @@ from vlmtune.infer.locate import Located, locate
 from vlmtune.infer.streaming import stream_pieces
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import load_model, open_folder
+from vlmtune.nn.side_inputs import hand_over
 from vlmtune.weights.strict import listed
 
 if TYPE_CHECKING:
@@ -124,9 +125,9 @@ class Session:
         return found
 
     def inputs(self, encoded: Sequence[Encoded]) -> dict[str, Any]:
-        """Left-padded model inputs on the model's device; pixels in the model's dtype."""
+        """Left-padded arguments of the model on its device, pixels in its dtype; side inputs are handed over."""
         batch = prompt_batch(encoded, self.opened)
-        return to_device(batch, self.device, self.dtype)
+        return hand_over(self.model, to_device(batch, self.device, self.dtype))
 
     def _settings(self, max_new_tokens: int) -> GenerationConfig:
         from transformers import GenerationConfig

@@ -96,10 +96,15 @@ class ChatFormat:
     block: tuple[str, str, str] | None = None
     """With `images_first`: text before and after all pictures of a turn together, and between them and the turn's text;
     None where each picture stands for itself."""
+    image_joint: str = ""
+    """With `block`: text between two pictures of a turn."""
     strips: bool = False
     """The template trims every text of a turn."""
     strips_ends: bool = False
     """The template trims the ends of a turn, and leaves the text beside pictures as it is."""
+    runs_alone: bool = False
+    """What stands between two special tokens or pictures is tokenised as a text of its own, with whatever the tokenizer
+    puts before a first word; else as what follows in one text."""
     fold_newlines: bool = True
     """A newline beside an `<image>` mark belongs to the mark and is left to the template."""
     stop_ids: tuple[int, ...] = ()
@@ -153,22 +158,31 @@ class Family(Protocol):
         """Whether the loaders that this folder's users come from turn photos as EXIF says."""
         ...
 
-    def matches(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config.json is this family's; the first match in the registry wins."""
+    def matches(self, folder: ModelFolder) -> bool:
+        """Whether a folder is this family's; the first match in the registry wins."""
         ...
 
     def model_class(self, folder: ModelFolder) -> type[PreTrainedModel]: ...
 
-    def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-        """The configuration of `model_class`, whatever layout the folder is in."""
+    def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, spec: Any) -> PretrainedConfig:
+        """The configuration of `model_class`, whatever layout the folder is in.
+
+        Args:
+            spec: of `media_spec`; a family may note in the configuration what later runs have to know of it.
+        """
         ...
 
     def layout(self, folder: ModelFolder) -> str:
         """How the tensors of this folder are named and packed: ``native``, or one of `layouts`."""
         ...
 
-    def layouts(self, folder: ModelFolder) -> Mapping[str, WeightTable]:
-        """The layouts beside transformers' own that this model can be read from and written in."""
+    def layouts(self, folder: ModelFolder, config: PretrainedConfig) -> Mapping[str, WeightTable]:
+        """The layouts beside transformers' own that this model can be read from and written in.
+
+        Under ``native``, how a native folder is written, where its files hold more than the model's tensors.
+
+        config: as `config` gives it.
+        """
         ...
 
     def home_layout(self, folder: ModelFolder) -> str:
@@ -198,8 +212,12 @@ class Family(Protocol):
 
     def tokenizer(self, folder: ModelFolder) -> PreTrainedTokenizerBase: ...
 
-    def media_spec(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, options: ImageOptions) -> Any:
-        """Everything that decides how pictures become tiles and ids; picklable; only the family looks inside."""
+    def media_spec(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, media: MediaOptions) -> Any:
+        """Everything that decides how pictures become tiles and ids; picklable; only the family looks inside.
+
+        Raises:
+            ConfigError: an option in `media.image`, or `media.video.slow_fast`, without effect on this model.
+        """
         ...
 
     def chat(
@@ -224,10 +242,15 @@ class Family(Protocol):
         """How the model was taught to write boxes."""
         ...
 
-    def plan(self, sizes: Sequence[Size], spec: Any, is_frame: Sequence[bool] = ()) -> tuple[MediaPlan, ...]:
+    def about_pictures(self, spec: Any) -> str | None:
+        """What a reader of `vlmtune info` could not guess about this model's pictures; None if nothing."""
+        ...
+
+    def plan(self, sizes: Sequence[Size], spec: Any, frames: Sequence[int | None] = ()) -> tuple[MediaPlan, ...]:
         """All pictures of one sample at once (some families divide a tile budget among them); sizes only.
 
-        is_frame: which of them are frames of a video; none when left out.
+        frames: for each of them its number in the video that it is a frame of, as `MediaRef.frame`, or None; all None
+            when left out. The numbers ascend within a video.
         """
         ...
 
@@ -306,12 +329,12 @@ class OpenedFolder:
     @property
     def table(self) -> WeightTable | None:
         """How the tensors of this folder are named and packed; None for transformers' own layout."""
-        return self.layouts.get(self.layout)
+        return None if self.layout == NATIVE else self.layouts[self.layout]
 
     def with_image(self, options: ImageOptions | None) -> OpenedFolder:
         """The same folder for a source that cuts its pictures in its own way."""
         if options is None:
             return self
         image = self.media.image.model_copy(update=options.model_dump(exclude_none=True))
-        spec = self.family.media_spec(self.folder, self.tokenizer, image)
-        return replace(self, spec=spec, media=self.media.model_copy(update={"image": image}))
+        media = self.media.model_copy(update={"image": image})
+        return replace(self, spec=self.family.media_spec(self.folder, self.tokenizer, media), media=media)

@@ -17,7 +17,8 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from vlmtune import compat
 from vlmtune.config.hub import HUB_ID
@@ -93,11 +94,11 @@ def open_folder(path: str | os.PathLike[str], media: MediaOptions | None = None)
         ConfigError: an option in `media.image` that has no effect on this model; a `media.chat` that it has not.
     """
     folder = read_folder(path)
-    family = detect(folder.config, where=str(folder.path))
+    family = detect(folder)
     media = media or MediaOptions()
     try:
         tokenizer = family.tokenizer(folder)
-        spec = family.media_spec(folder, tokenizer, media.image)
+        spec = family.media_spec(folder, tokenizer, media)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         # transformers reports absent or broken tokenizer and processor files with any of these, and config.json.
         raise WeightsError(
@@ -108,14 +109,14 @@ def open_folder(path: str | os.PathLike[str], media: MediaOptions | None = None)
             remedy="Copy the missing files from the model's repository.",
         ) from error
     text = TextEncoder(tokenizer)
-    config = family.config(folder, tokenizer)
+    config = family.config(folder, tokenizer, spec)
     return OpenedFolder(
         folder=folder,
         family=family,
         tokenizer=tokenizer,
         config=config,
         layout=family.layout(folder),
-        layouts=family.layouts(folder),
+        layouts=family.layouts(folder, config),
         spec=spec,
         text=text,
         chat=family.chat(folder, tokenizer, text, spec, media.chat),
@@ -211,10 +212,9 @@ def load_weights(
     try:
         with _LOADING, _reading(config, table):
             loaded: Any = family.model_class(folder).from_pretrained(
-                folder.path,
+                **_from(folder.path),
                 config=copy.deepcopy(config),
                 dtype=dtype if dtype is not None else "auto",
-                use_safetensors=True,
                 ignore_mismatched_sizes=True,  # reported below, by name, with the other complaints
                 output_loading_info=True,
                 trust_remote_code=False,
@@ -223,12 +223,14 @@ def load_weights(
     except (OSError, SafetensorError) as error:
         raise strict.unreadable(error, folder.path) from error
     model, info = loaded
+    _say_origin(model, folder.path)
     strict.check_loading(info, where=str(folder.path))
     if table is None:
         compat.forget_unused_conversions(model)
     else:
         compat.restore_conversions(model)
     compat.forget_longest_row(model)
+    compat.forget_absent_layers(model)
     family.install(model)
     return cast(PreTrainedModel, model)
 
@@ -238,6 +240,26 @@ def _check_cuts(folder: Path, table: WeightTable) -> None:
     for info in Shards(folder).infos.values():
         if link := table.link(info.name):
             link.shapes(info.shape)
+
+
+def _from(folder: Path) -> dict[str, Any]:
+    """Where transformers takes the weights from: the folder; or tensors by name, which it cannot read by itself.
+
+    The tensors are mapped from their files, so that nothing is in memory twice.
+    """
+    source = Shards(folder)
+    if source.one_folder:
+        return {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+    return {"pretrained_model_name_or_path": None, "state_dict": {name: source.read(name) for name in source.infos}}
+
+
+def _say_origin(model: Any, folder: Path) -> None:
+    """What transformers does by itself for a model that it reads from a folder."""
+    if model.name_or_path == str(folder):
+        return
+    model.name_or_path = model.config.name_or_path = str(folder)  # an adapter names its base by it
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _reading(config: PretrainedConfig, table: WeightTable | None) -> AbstractContextManager[None]:

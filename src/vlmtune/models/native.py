@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from vlmtune.config.schema import ChatStyle
+from vlmtune.config.schema import ChatStyle, VideoOptions
 from vlmtune.errors import ConfigError, WeightsError
 from vlmtune.models.family import ModelFolder
 
@@ -24,11 +24,16 @@ COPIED = (
 """What is taken over from a model folder; weights, code, training state and other people's READMEs are not."""
 
 
-def open_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
-    """Raises:
-    WeightsError: the tokenizer has no fast form.
+def open_tokenizer(folder: ModelFolder, *, kind: str | None = None) -> PreTrainedTokenizerBase:
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+    Args:
+        kind: model_type of the language model, where config.json says one that transformers does not know.
+
+    Raises:
+        WeightsError: the tokenizer has no fast form.
+    """
+    options = {} if kind is None else {"config": AutoConfig.for_model(kind)}
+    tokenizer = AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False, **options)
     if not tokenizer.is_fast:
         raise WeightsError(
             f"the tokenizer {type(tokenizer).__name__} has no fast form",
@@ -71,6 +76,19 @@ def refuse_style(style: ChatStyle | None) -> None:
             "is xtuner, but this folder brings its own chat template",
             where="model.chat",
             expected="official, or nothing: XTuner's prompts are known for InternVL in its official layout",
+        )
+
+
+def refuse_slow_fast(options: VideoOptions) -> None:
+    """
+    Raises:
+        ConfigError: `slow_fast` is asked of a model that merges no tokens.
+    """
+    if options.slow_fast:
+        raise ConfigError(
+            "has no effect: this model merges no tokens, so that the first frame of a video is like the others",
+            where="model.video.slow_fast",
+            expected="a LLaVA model with a CLIP or SigLIP tower, and model.image.token_merge_ratio below 1",
         )
 
 

@@ -122,6 +122,18 @@ def grid_tiles(
     return tiles(parts, tile, tones)
 
 
+def on_square(picture: PIL.Image.Image, mean: Sequence[float]) -> PIL.Image.Image:
+    """An RGB picture in the middle of a square of the mean colour (0 to 1 per channel); a square one as it is."""
+    width, height = picture.size
+    if width == height:
+        return picture
+    edge = max(width, height)
+    red, green, blue = (int(value * 255) for value in mean)
+    square = PIL.Image.new("RGB", (edge, edge), (red, green, blue))
+    square.paste(picture, ((edge - width) // 2, (edge - height) // 2))
+    return square
+
+
 def _retouched(planes: Planes, tile: Size, retouch: Retouch) -> list[np.ndarray]:
     """The channels of a picture whose tiles were retouched one by one, row by row."""
     values = np.stack(planes, axis=-1)

@@ -33,8 +33,8 @@ class Segment:
 class Run:
     """Plain text between special tokens, or one special token.
 
-    pieces: the text with its trained flags. first: nothing stands before the run in its sequence. ids, trained: what it
-    becomes, once tokenised.
+    pieces: the text with its trained flags. first: nothing stands before the run in its sequence, or it is tokenised as
+    if that were so. ids, trained: what it becomes, once tokenised.
     """
 
     pieces: list[tuple[str, bool]]
@@ -114,8 +114,11 @@ class TextEncoder:
         ids, trained = join(line)
         return np.array(ids, dtype=np.int32), np.array(trained, dtype=bool)
 
-    def cut(self, segments: Sequence[Segment], *, at_start: bool) -> list[Run]:
-        """The segments as runs between special tokens, which are runs with their id; to be tokenised and joined."""
+    def cut(self, segments: Sequence[Segment], *, at_start: bool, alone: bool = False) -> list[Run]:
+        """The segments as runs between special tokens, which are runs with their id; to be tokenised and joined.
+
+        alone: every run is tokenised as if nothing stood before it.
+        """
         line: list[Run] = []
         pieces: list[tuple[str, bool]] = []
         eat_left = False  # the special token before swallows leading whitespace
@@ -126,7 +129,7 @@ class TextEncoder:
             pieces.clear()
             eat_left = False
             if kept:
-                line.append(Run(kept, first=at_start and not line))
+                line.append(Run(kept, first=alone or (at_start and not line)))
 
         for segment in segments:
             if pieces and segment.trained and not pieces[-1][1] and not (eat_left and _is_blank(pieces)):

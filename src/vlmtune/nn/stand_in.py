@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from vlmtune.nn.side_inputs import hand_over
+
 
 class StandIn:
     """Installed once on a model; holds the pixel inputs of the next forward, or None.
@@ -28,14 +30,15 @@ class StandIn:
         self._model.get_decoder().register_forward_pre_hook(self._add, with_kwargs=True)
 
     def set(self, inputs: dict[str, torch.Tensor] | None) -> None:
-        """Pixel inputs as the model's forward takes them (one smallest picture), on the model's device; or None."""
+        """Pixel inputs of one smallest picture, on the model's device, side inputs among them; or None."""
         self._inputs = inputs
 
     def _add(self, module: torch.nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         del module
         if self._inputs is None:
             return None
-        found: Any = self._model.get_image_features(**self._inputs)
+        # Here and not in `set`: whatever the batch itself handed over, without pictures, comes before this.
+        found: Any = self._model.get_image_features(**hand_over(self._model, self._inputs))
         parts = _tensors((found.pooler_output, found.get("deepstack_features")))  # Qwen3-VL's go to later layers
         zero = torch.stack([part.sum() for part in parts]).sum() * 0.0
         embeddings = inputs["inputs_embeds"]

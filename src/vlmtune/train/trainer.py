@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from vlmtune.data.loader import Failed, unwrap
 from vlmtune.data.sample import Batch
+from vlmtune.nn.side_inputs import hand_over
 from vlmtune.nn.stand_in import StandIn
 from vlmtune.progress import track
 from vlmtune.train.best import best_of, should_stop
@@ -109,6 +110,7 @@ class VlmTrainer(SealedCheckpoints):
         self.metrics_log: MetricsLog | None = None
         self.run_dir = Path(str(args.output_dir))
         bare: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self._bare = bare
         self._stand_in = StandIn(bare)
         self._to_prove = job.config.train.first_step_proof
         self._proof: FirstStepProof | None = None
@@ -187,8 +189,9 @@ class VlmTrainer(SealedCheckpoints):
         return self._summed_loss(model, inputs) * (self.accelerator.num_processes / num_items_in_batch)
 
     def _summed_loss(self, model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+        inputs = hand_over(self._bare, batch["inputs"])
         self._stand_in.set(batch["stand_in"])
-        logits = model(**batch["inputs"]).logits
+        logits = model(**inputs).logits
         return summed_cross_entropy(logits, batch["targets"])
 
     def training_step(

@@ -17,21 +17,23 @@ from vlmtune.weights.ops import KEEP, Op, Shape
 class Rule:
     """disk: a name in the files; parameters: what it becomes. `*` stands for a number, a closing `**` for any rest.
 
-    The same wildcards stand in the same order on both sides.
+    The same wildcards stand in the same order on both sides. folder: inside the model's, where it is another one.
     """
 
     disk: str
     parameters: tuple[str, ...]
     op: Op = KEEP
+    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One tensor on disk and the parameters that it fills, in the order of `op.split`."""
+    """One tensor on disk and the parameters that it fills, in the order of `op.split`; `folder` as of its rule."""
 
     disk: str
     parameters: tuple[str, ...]
     op: Op = KEEP
+    folder: str = ""
 
     def shapes(self, whole: Shape) -> tuple[Shape, ...]:
         """Shapes of the parameters of a tensor of shape `whole`.
@@ -84,7 +86,8 @@ def _first(name: str, patterns: Sequence[tuple[re.Pattern[str], Rule]]) -> Link 
     for pattern, rule in patterns:
         if match := pattern.fullmatch(name):
             values = match.groups()
-            return Link(_filled(rule.disk, values), tuple(_filled(one, values) for one in rule.parameters), rule.op)
+            parameters = tuple(_filled(one, values) for one in rule.parameters)
+            return Link(_filled(rule.disk, values), parameters, rule.op, rule.folder)
     return None
 
 

@@ -1,6 +1,6 @@
 """What may happen to a tensor on its way from a file to the model: operations with exact inverses.
 
-All of them rearrange numbers and never change one, so that a tensor comes back bit by bit.
+None of them changes a number of the model, so that a tensor comes back bit by bit.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ class Op(Protocol):
         """
         ...
 
+    def whole(self, parts: tuple[Shape, ...]) -> Shape:
+        """Shape of the tensor that `join` makes of such parts."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Keep:
@@ -43,6 +47,9 @@ class Keep:
 
     def shapes(self, whole: Shape) -> tuple[Shape, ...]:
         return (whole,)
+
+    def whole(self, parts: tuple[Shape, ...]) -> Shape:
+        return parts[0]
 
 
 KEEP = Keep()
@@ -66,6 +73,9 @@ class Chunk:
         if not whole or whole[0] % self.count:
             raise ValueError(f"{self.count} equal parts")
         return ((whole[0] // self.count, *whole[1:]),) * self.count
+
+    def whole(self, parts: tuple[Shape, ...]) -> Shape:
+        return _stacked(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,3 +115,38 @@ class SplitGQA:
         query = (self.groups * self.queries * self.head_dim, *whole[1:])
         key = (self.groups * self.head_dim, *whole[1:])
         return query, key, key
+
+    def whole(self, parts: tuple[Shape, ...]) -> Shape:
+        return _stacked(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class MeanRows:
+    """A table over a vocabulary that has `count` rows more on disk than in the model; they are the mean of the others.
+
+    Of an output head, a mean row gives the mean of the other logits, which is never the largest: greedy answers stay
+    what they were.
+    """
+
+    count: int
+
+    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (tensor[: -self.count],)
+
+    def join(self, parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        import torch
+
+        (rows,) = parts
+        mean = rows.float().mean(dim=0, keepdim=True).to(rows.dtype)
+        return torch.cat([rows, mean.expand(self.count, *rows.shape[1:])])
+
+    def shapes(self, whole: Shape) -> tuple[Shape, ...]:
+        return ((whole[0] - self.count, *whole[1:]),)
+
+    def whole(self, parts: tuple[Shape, ...]) -> Shape:
+        ((rows, *rest),) = parts
+        return (rows + self.count, *rest)
+
+
+def _stacked(parts: tuple[Shape, ...]) -> Shape:
+    return (sum(part[0] for part in parts), *parts[0][1:])

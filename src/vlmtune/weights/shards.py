@@ -2,7 +2,8 @@
 
 A folder holds either one ``model.safetensors`` or several shards with ``model.safetensors.index.json``. `Shards` looks
 only at headers until a tensor is asked for; `write_shards` lays down the header of each shard first and then streams
-the tensors into it, so that neither side ever holds more than one tensor.
+the tensors into it, so that neither side ever holds more than one tensor. Pickled weights (``pytorch_model.bin``) are
+read where a folder has no others, without running anything in them, and never written.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vlmtune.errors import WeightsError
+from vlmtune.weights.places import INDEX, POSITIONS, POSITIONS_AGAIN, SINGLE, folders, weight_files
 
 if TYPE_CHECKING:
     import torch
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors library reads no larger ones either
 
@@ -67,27 +67,54 @@ def dtype_name(code: str) -> str:
     return _TORCH[code]
 
 
+class Source(Protocol):
+    """Tensors by name, one at a time; `Shards` is one."""
+
+    folder: Path
+
+    def __len__(self) -> int: ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
 class Shards:
     """The tensors of a model folder by their names on disk.
 
     Args:
-        folder: a folder with safetensors files.
+        folder: a folder with weights; of the three of an XTuner model, the language model's.
 
     Raises:
-        WeightsError: no safetensors, a shard that the index names is missing, or a file that is cut off or foreign.
+        WeightsError: no weights, a shard that the index names is missing, or a file that is cut off or foreign.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
         self._info: dict[str, TensorInfo] = {}
-        files, listed = _files(folder)
+        self._pickled: dict[str, torch.Tensor] = {}
+        for place in folders(folder):
+            self._add(place)
+        if POSITIONS_AGAIN in self._info:
+            self._info[POSITIONS] = replace(self._info.pop(POSITIONS_AGAIN), name=POSITIONS)
+
+    @property
+    def one_folder(self) -> bool:
+        """Whether these are the safetensors of one folder, as transformers reads them by itself."""
+        return not self._pickled and len(folders(self.folder)) == 1
+
+    def _add(self, place: Path) -> None:
+        files, listed = weight_files(place)
         for file in files:
-            for info in read_header(file):
+            for info in self._read_pickle(file) if file.suffix == ".bin" else read_header(file):
                 if info.name in self._info:
                     raise WeightsError(
                         f"the tensor {info.name} is in {self._file_of[info.name].name} and in {file.name}",
-                        where=str(folder),
+                        where=str(self.folder),
                         expected="every tensor once",
                         remedy="Download or save the folder again.",
                     )
@@ -95,10 +122,20 @@ class Shards:
         lost = sorted(set(listed) - set(self._info))
         if lost:
             raise WeightsError(
-                f"{INDEX} lists {len(lost)} tensors that no shard holds, the first is {lost[0]}",
-                where=str(folder),
+                f"the index lists {len(lost)} tensors that no shard holds, the first is {lost[0]}",
+                where=str(place),
                 remedy="Download or save the folder again.",
             )
+
+    def _read_pickle(self, file: Path) -> list[TensorInfo]:
+        from vlmtune.weights import pickles
+
+        tensors = pickles.load_tensors(file)
+        self._pickled.update(tensors)
+        return [
+            TensorInfo(name, dtype_code(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
+            for name, tensor in tensors.items()
+        ]
 
     def __len__(self) -> int:
         return len(self._info)
@@ -121,11 +158,15 @@ class Shards:
 
         if name not in self._info:
             raise WeightsError(f"no tensor {name}", where=str(self.folder), remedy="Download or save the folder again.")
+        if name == POSITIONS and POSITIONS_AGAIN in self._file_of:
+            name = POSITIONS_AGAIN
+        if name in self._pickled:
+            return self._pickled[name].detach()
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
 
-def main_dtype(source: Shards) -> str:
+def main_dtype(source: Source) -> str:
     """The floating dtype that most numbers of a folder have, by torch's name.
 
     Raises:
@@ -138,42 +179,6 @@ def main_dtype(source: Shards) -> str:
     if not sizes:
         raise WeightsError("no floating weights in this folder", where=str(source.folder))
     return dtype_name(max(sizes, key=lambda code: sizes[code]))
-
-
-def _files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
-    index, single = folder / INDEX, folder / SINGLE
-    if index.is_file():
-        try:
-            listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = [str(name) for name in dict.fromkeys(listed.values())]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise WeightsError(
-                f"the index cannot be read ({error})", where=str(index), expected="JSON with a weight_map"
-            ) from None
-        outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
-        if outside:
-            raise WeightsError(
-                f"the index names {outside[0]!r}, which lies outside the folder", where=str(index),
-                expected="shards beside the index", remedy="Do not use this folder; download the model again.",
-            )  # fmt: skip
-        files = [folder / name for name in names]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise WeightsError(
-                f"{len(missing)} of {len(files)} shards are missing: {', '.join(missing[:3])}",
-                where=str(folder),
-                remedy="Download or copy the folder again.",
-            )
-        return files, listed
-    if single.is_file():
-        return [single], {}
-    found = "no folder of this name" if not folder.is_dir() else "no weights in safetensors files"
-    raise WeightsError(
-        found,
-        where=str(folder),
-        expected=f"{SINGLE}, or {INDEX} and its shards",
-        remedy="Point to a model folder; weights in .bin or .pt files must be saved as safetensors first.",
-    )
 
 
 def read_header(file: Path) -> list[TensorInfo]:

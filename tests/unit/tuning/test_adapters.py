@@ -19,7 +19,7 @@ from vlmtune.models.load import load_model, open_folder
 from vlmtune.tuning.adapters import prepare, target_modules, target_regex
 
 
-@pytest.mark.parametrize("kind", ["internvl", "llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
+@pytest.mark.parametrize("kind", ["internvl", "llava", "llava-merged", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
 def test_component_means_every_linear_of_its_blocks(tiny_folder: Callable[[str], Path], kind: str) -> None:
     opened = open_folder(tiny_folder(kind))
     model = load_model(opened)

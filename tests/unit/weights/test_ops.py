@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmtune.weights.ops import KEEP, Chunk, Op, SplitGQA
+from vlmtune.weights.ops import KEEP, Chunk, MeanRows, Op, SplitGQA
 
 
 def test_a_fused_attention_is_cut_group_by_group() -> None:
@@ -29,3 +29,12 @@ def test_every_operation_has_an_exact_inverse_and_knows_its_shapes(op: Op, shape
     parts = op.split(tensor)
     assert torch.equal(op.join(parts), tensor)
     assert tuple(tuple(part.shape) for part in parts) == op.shapes(shape)
+    assert op.whole(op.shapes(shape)) == shape
+
+
+def test_rows_beyond_the_vocabulary_are_the_mean_of_the_others() -> None:
+    rows, op = torch.tensor([[1.0, 2.0], [3.0, 6.0]]), MeanRows(3)
+    whole = op.join((rows,))
+    assert whole.tolist() == [[1, 2], [3, 6], [2, 4], [2, 4], [2, 4]]
+    assert torch.equal(op.split(whole)[0], rows)
+    assert op.shapes((5, 2)) == ((2, 2),) and op.whole(((2, 2),)) == (5, 2)

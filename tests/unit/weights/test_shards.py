@@ -6,6 +6,7 @@ import json
 import struct
 from pathlib import Path
 
+import llava_models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -162,8 +163,56 @@ def test_a_header_is_not_read_into_memory_whatever_its_size(tmp_path: Path) -> N
 
 
 def test_a_folder_without_safetensors_says_so(tmp_path: Path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "model.h5").write_bytes(b"")
     with pytest.raises(WeightsError, match="no weights in safetensors files"):
         Shards(tmp_path)
     with pytest.raises(WeightsError, match="no folder of this name"):
         Shards(tmp_path / "nowhere")
+
+
+def test_pickled_weights_are_read_where_there_are_no_others(tmp_path: Path) -> None:
+    torch.save(TENSORS, tmp_path / "pytorch_model.bin")
+    shards = Shards(tmp_path)
+    assert not shards.one_folder
+    assert {name: info.shape for name, info in shards.infos.items()} == {n: tuple(t.shape) for n, t in TENSORS.items()}
+    assert all(torch.equal(shards.read(name), tensor) for name, tensor in TENSORS.items())
+    save_file({"only": torch.ones(2)}, tmp_path / SINGLE)
+    assert list(Shards(tmp_path).infos) == ["only"] and Shards(tmp_path).one_folder
+
+
+def test_pickled_shards_and_their_index(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-00001-of-00002.bin")
+    index = {"weight_map": {"a": "pytorch_model-00001-of-00002.bin", "b": "pytorch_model-00002-of-00002.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match="1 of 2 shards are missing: pytorch_model-00002"):
+        Shards(tmp_path)
+    torch.save({"b": torch.zeros(3)}, tmp_path / "pytorch_model-00002-of-00002.bin")
+    assert Shards(tmp_path).read("b").tolist() == [0, 0, 0]
+
+
+def test_a_pickle_that_asks_for_code_is_refused(tmp_path: Path) -> None:
+    import subprocess
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+            return subprocess.check_call, ("false",)
+
+    torch.save({"a": Trap()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"asks for \w+\.check_call"):
+        Shards(tmp_path)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "step": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="something else than weights"):
+        Shards(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_the_folders_of_a_model_in_parts(form: llava_models.Form, tmp_path: Path) -> None:
+    folder = llava_models.xtuner_folder(tmp_path / "model", form=form)
+    shards = Shards(folder)
+    shapes = (llava_models.language_shapes, llava_models.tower_shapes, llava_models.projector_shapes)
+    assert {name: info.shape for name, info in shards.infos.items()} == {n: s for part in shapes for n, s in part()}
+    assert not shards.one_folder
+    assert shards.read("model.0.bias").shape == (llava_models.WIDTH,)

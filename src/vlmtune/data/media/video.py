@@ -41,14 +41,17 @@ class Film:
     duration: float | None
 
 
-def frame_indices(total: int, num_frames: int) -> list[int]:
+def frame_indices(total: int, num_frames: int, *, last: bool = True) -> list[int]:
     """`num_frames` of `total` frames, evenly from the first, truncated to whole numbers; the last one always.
 
     The same as AuroraCap's read_video_pyav (github rese1f/aurora): with `num_frames` 1 there are two, and where
     truncation misses the last frame there is one more than asked for.
+
+    Args:
+        last: False: no frame is added for the sake of the last one.
     """
     indices = np.linspace(0, total - 1, min(num_frames, total)).astype(int).tolist()
-    return indices if indices[-1] == total - 1 else [*indices, total - 1]
+    return indices if not last or indices[-1] == total - 1 else [*indices, total - 1]
 
 
 def frame_indices_by_rate(total: int, rate: float, fps: float) -> list[int]:
@@ -102,7 +105,9 @@ def _choose(found: Header, ref: MediaRef, options: VideoOptions) -> list[int]:
             expected=f"at most {MAX_FRAMES:,}",
             remedy="Lower model.video.num_frames or model.video.fps, or cut the video.",
         )
-    return frame_indices(total, num_frames) if fps is None else frame_indices_by_rate(total, rate, fps)
+    if fps is not None:
+        return frame_indices_by_rate(total, rate, fps)
+    return frame_indices(total, num_frames, last=options.last_frame)
 
 
 def sizes(refs: Sequence[MediaRef], options: MediaOptions) -> list[Size]:

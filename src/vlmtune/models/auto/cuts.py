@@ -84,7 +84,7 @@ def whole(processor: Any, picture: PIL.Image.Image, layout: tuple[int, ...]) -> 
         shortest = _edge_alone(processor.size)
         if shortest is None:
             return None
-        edges = _to_shortest_edge(picture.size, shortest)
+        edges = to_shortest_edge(picture.size, shortest)
     width, height = edges
     left = top = 0
     if processor.do_center_crop:
@@ -133,7 +133,8 @@ def below_limit(width: int, height: int) -> Size:
     return max(width, 1), max(height, 1)
 
 
-def _to_shortest_edge(size: Size, shortest: int) -> Size:
+def to_shortest_edge(size: Size, shortest: int) -> Size:
+    """(width, height) with the shorter edge as given and the other in proportion, rounded down."""
     width, height = size
     longest = int(shortest * max(size) / min(size))
     return (shortest, longest) if width <= height else (longest, shortest)

@@ -20,7 +20,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.processing_utils import ProcessorMixin
 
 from vlmtune import compat
-from vlmtune.config.schema import ChatStyle, Component, ImageOptions
+from vlmtune.config.schema import ChatStyle, Component, ImageOptions, MediaOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
 from vlmtune.errors import WeightsError
 from vlmtune.files import read_json, write_json
@@ -56,11 +56,11 @@ class AutoFamily:
         del folder
         return "apply"  # as transformers.image_utils.load_image does
 
-    def matches(self, config: Mapping[str, Any]) -> bool:
-        return str(config.get("model_type")) in _known_model_types()
+    def matches(self, folder: ModelFolder) -> bool:
+        return str(folder.config.get("model_type")) in _known_model_types()
 
-    def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-        del tokenizer
+    def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, spec: Any) -> PretrainedConfig:
+        del tokenizer, spec
         return self._config(folder)
 
     def _config(self, folder: ModelFolder) -> PretrainedConfig:
@@ -91,9 +91,10 @@ class AutoFamily:
     def tokenizer(self, folder: ModelFolder) -> PreTrainedTokenizerBase:
         return native.open_tokenizer(folder)
 
-    def media_spec(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, options: ImageOptions) -> AutoSpec:
+    def media_spec(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, media: MediaOptions) -> Any:
+        native.refuse_slow_fast(media.video)
         config = self._config(folder)
-        image_processor = _image_processor(folder, options)
+        image_processor = open_image_processor(folder, media.image)
         processor = _processor(folder, config, tokenizer, image_processor)
         rope_config = KeyedConfig(config) if config.model_type in _MULTI_AXIS else None
         if rope_config is not None:
@@ -109,8 +110,8 @@ class AutoFamily:
         del folder
         return NATIVE
 
-    def layouts(self, folder: ModelFolder) -> Mapping[str, WeightTable]:
-        del folder
+    def layouts(self, folder: ModelFolder, config: PretrainedConfig) -> Mapping[str, WeightTable]:
+        del folder, config
         return {}
 
     def home_layout(self, folder: ModelFolder) -> str:
@@ -148,9 +149,16 @@ class AutoFamily:
     def boxes(self, folder: ModelFolder) -> BoxFormat:
         return conventions.boxes(str(folder.config.get("model_type")))
 
-    def plan(self, sizes: Sequence[Size], spec: AutoSpec, is_frame: Sequence[bool] = ()) -> tuple[MediaPlan, ...]:
-        flags = is_frame or [False] * len(sizes)
-        return tuple(pictures.plan_picture(size, spec, is_frame=flag) for size, flag in zip(sizes, flags, strict=True))
+    def about_pictures(self, spec: Any) -> str | None:
+        del spec
+        return None
+
+    def plan(self, sizes: Sequence[Size], spec: AutoSpec, frames: Sequence[int | None] = ()) -> tuple[MediaPlan, ...]:
+        numbers = frames or [None] * len(sizes)
+        return tuple(
+            pictures.plan_picture(size, spec, is_frame=number is not None)
+            for size, number in zip(sizes, numbers, strict=True)
+        )
 
     def span_ids(self, plan: MediaPlan, spec: AutoSpec) -> tuple[np.ndarray, np.ndarray]:
         return pictures.picture_ids(plan, spec)
@@ -211,7 +219,7 @@ class AutoFamily:
 
 def _picture_settings(folder: ModelFolder, options: ImageOptions) -> Mapping[str, Any]:
     """What preprocessor_config.json must say so that others cut pictures as `options` do; {} without options."""
-    changed = pictures.overrides(_image_processor(folder, ImageOptions()), options)
+    changed = pictures.overrides(open_image_processor(folder, ImageOptions()), options)
     if "size" not in changed or "shortest_edge" not in changed["size"]:
         return changed
     # Older folders say the same thing under these names, and they would win over `size`.
@@ -254,7 +262,7 @@ def _blocks(model: PreTrainedModel, components: Components) -> dict[Component, t
     return blocks
 
 
-def _image_processor(folder: ModelFolder, options: ImageOptions) -> Any:
+def open_image_processor(folder: ModelFolder, options: ImageOptions) -> Any:
     def opened(**changed: Any) -> Any:
         # The PIL backend everywhere: torchvision's differs by up to one step of 255, and is not on every machine.
         return transformers.AutoImageProcessor.from_pretrained(

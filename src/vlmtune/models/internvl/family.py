@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.internvl import InternVLConfig, InternVLForConditionalGeneration
 
-from vlmtune.config.schema import ChatStyle, ImageOptions
+from vlmtune.config.schema import ChatStyle, MediaOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
 from vlmtune.files import read_json
 from vlmtune.models import native
@@ -38,22 +38,23 @@ class InternVLFamily:
         """The official data loader does not; transformers.image_utils.load_image does."""
         return "apply" if folders.conventions(folder) is None else "ignore"
 
-    def matches(self, config: Mapping[str, Any]) -> bool:
-        return is_official(config) or config.get("model_type") == InternVLConfig.model_type
+    def matches(self, folder: ModelFolder) -> bool:
+        return is_official(folder.config) or folder.config.get("model_type") == InternVLConfig.model_type
 
     def model_class(self, folder: ModelFolder) -> type[PreTrainedModel]:
         del folder
         return InternVLForConditionalGeneration
 
-    def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    def config(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, spec: InternVLSpec) -> PretrainedConfig:
+        del spec
         if not is_official(folder.config):
             return AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
         where = str(folder.path)
-        spec = self.media_spec(folder, tokenizer, ImageOptions())
+        own = self.media_spec(folder, tokenizer, MediaOptions())
         return native_config(
             folder.config,
-            context_id=spec.context_id,
-            tokens_per_tile=spec.tokens_per_tile,
+            context_id=own.context_id,
+            tokens_per_tile=own.tokens_per_tile,
             has_head=folders.has_head(folder),
             where=where,
         )
@@ -61,7 +62,8 @@ class InternVLFamily:
     def layout(self, folder: ModelFolder) -> str:
         return OFFICIAL if is_official(folder.config) else NATIVE
 
-    def layouts(self, folder: ModelFolder) -> Mapping[str, WeightTable]:
+    def layouts(self, folder: ModelFolder, config: PretrainedConfig) -> Mapping[str, WeightTable]:
+        del config
         official = folders.official_config(folder)
         if official is None:
             return {OFFICIAL: official_table(None)} if has_official_name(folder.config) else {}
@@ -102,15 +104,14 @@ class InternVLFamily:
             return native.open_tokenizer(folder)
         return tokenizers.open_tokenizer(official)
 
-    def media_spec(
-        self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, options: ImageOptions
-    ) -> InternVLSpec:
+    def media_spec(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, media: MediaOptions) -> InternVLSpec:
+        native.refuse_slow_fast(media.video)
         context = tokenizers.context_token_id(cast(PreTrainedTokenizerFast, tokenizer), where=str(folder.path))
         official = folders.conventions(folder)
         if official is not None:
-            return pictures.official_spec(official.config, context, options)
+            return pictures.official_spec(official.config, context, media.image)
         return pictures.native_spec(
-            folder.config, read_json(folder.path / "preprocessor_config.json"), context, options
+            folder.config, read_json(folder.path / "preprocessor_config.json"), context, media.image
         )
 
     def chat(
@@ -137,8 +138,14 @@ class InternVLFamily:
         del folder
         return BoxFormat(template="<box>[[{x1}, {y1}, {x2}, {y2}]]</box>")
 
-    def plan(self, sizes: Sequence[Size], spec: InternVLSpec, is_frame: Sequence[bool] = ()) -> tuple[MediaPlan, ...]:
-        return pictures.plan(sizes, spec, is_frame)
+    def about_pictures(self, spec: InternVLSpec) -> str | None:
+        del spec
+        return None
+
+    def plan(
+        self, sizes: Sequence[Size], spec: InternVLSpec, frames: Sequence[int | None] = ()
+    ) -> tuple[MediaPlan, ...]:
+        return pictures.plan(sizes, spec, frames)
 
     def span_ids(self, plan: MediaPlan, spec: InternVLSpec) -> tuple[np.ndarray, np.ndarray]:
         return pictures.span_ids(plan, spec)

@@ -21,14 +21,14 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from vlmtune.config.schema import ImageOptions
 from vlmtune.data.sample import MediaPlan, Retouch, Size
 from vlmtune.errors import ConfigError, WeightsError
-from vlmtune.models.pixels import Tones, Triple, grid_tiles, make_tones, seen_tiles
+from vlmtune.models.pixels import Tones, Triple, grid_tiles, make_tones, on_square, seen_tiles
 
 # ImageNet's, as in the official training code and its demos; preprocessor_config.json of an official folder is not read
 # there, and neither here.
 _IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 _IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
-_NO_EFFECT = ("max_pixels", "min_pixels")
+_NO_EFFECT = ("max_pixels", "min_pixels", "token_merge_ratio", "swap_sides")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,9 +147,9 @@ def native_spec(
     return _with_options(spec, config, options)
 
 
-def plan(sizes: Sequence[Size], spec: InternVLSpec, is_frame: Sequence[bool] = ()) -> tuple[MediaPlan, ...]:
+def plan(sizes: Sequence[Size], spec: InternVLSpec, frames: Sequence[int | None] = ()) -> tuple[MediaPlan, ...]:
     """What each picture of a row becomes; frames of videos are one tile each and take nothing from the pictures."""
-    flags = is_frame or [False] * len(sizes)
+    flags = [number is not None for number in frames] or [False] * len(sizes)
     pictures = len(sizes) - sum(flags)
     most = spec.max_tiles // pictures if spec.shared and pictures else spec.max_tiles
     return tuple(_plan_one(size, spec, most, is_frame=flag) for size, flag in zip(sizes, flags, strict=True))
@@ -169,7 +169,7 @@ def pixels(
     """
     cut = spec.dynamic and not plan.is_frame
     values = grid_tiles(
-        picture if cut or not spec.pad_square else _on_square(picture, spec),
+        picture if cut or not spec.pad_square else on_square(picture, spec.mean or _IMAGENET_MEAN),
         plan.layout[0:2],
         (spec.image_size, spec.image_size),
         thumbnail=spec.thumbnail and cut,
@@ -302,17 +302,6 @@ def _in_turn(grids: Sequence[tuple[int, int]]) -> set[tuple[int, int]]:
     return found
 
 
-def _on_square(picture: PIL.Image.Image, spec: InternVLSpec) -> PIL.Image.Image:
-    width, height = picture.size
-    if width == height:
-        return picture
-    edge = max(width, height)
-    red, green, blue = (int(value * 255) for value in spec.mean or _IMAGENET_MEAN)
-    square = PIL.Image.new("RGB", (edge, edge), (red, green, blue))
-    square.paste(picture, ((edge - width) // 2, (edge - height) // 2))
-    return square
-
-
 def _with_options(spec: InternVLSpec, config: Mapping[str, Any], options: ImageOptions) -> InternVLSpec:
     given = options.model_dump(exclude_none=True)
     idle = sorted(set(given) & set(_NO_EFFECT))
@@ -331,6 +320,8 @@ def _with_options(spec: InternVLSpec, config: Mapping[str, Any], options: ImageO
         raise _refused("min_tiles has no effect: pictures are not cut", "Set max_tiles above 1, or remove min_tiles.")
     if options.thumbnail is not None and not (dynamic and most > 1):
         raise _refused("thumbnail has no effect: pictures are one tile", "Set max_tiles above 1, or remove thumbnail.")
+    if options.fit == "keep_aspect":
+        raise _refused("fit: keep_aspect is not possible: the tower sees squares", "Use pad_square or stretch.")
     if options.fit is not None and dynamic:
         raise _refused(
             f"fit: {options.fit} has no effect: pictures are cut into tiles, which stretches them to the grid",

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from vlmtune.errors import WeightsError
-from vlmtune.weights.foreign.parts import PROJECTOR, Parts
+from vlmtune.weights.foreign.parts import Parts, is_projector
 from vlmtune.weights.foreign.recognise import ADAPTER
 from vlmtune.weights.layout import WeightTable
 from vlmtune.weights.strict import listed
@@ -61,7 +61,7 @@ def write_adapter(parts: Parts, table: WeightTable, base: Path, out: Path) -> li
 
 def _projector(parts: Parts, table: WeightTable, tensors: dict[str, torch.Tensor]) -> list[str]:
     """Adds the projector's tensors; their official names, or [] if not all of them are there."""
-    names = [name for name in parts.whole if name.startswith(PROJECTOR)]
+    names = [name for name in parts.whole if is_projector(name)]
     for name in names:
         link = table.link(name)
         assert link is not None, name  # the layout knows the whole projector

@@ -16,7 +16,12 @@ from vlmtune.errors import UsageError, WeightsError
 Alpha = Callable[[str, int], float]
 """Official name of a module and its rank -> alpha, for a scale of alpha / rank."""
 
-_SECTIONS = {"language_model": ("llm_lora",), "vision_model": ("visual_encoder_lora", "vision_lora")}
+_SECTIONS = {
+    "language_model": ("llm_lora",),
+    "model": ("llm_lora",),
+    "lm_head": ("llm_lora",),
+    "vision_model": ("visual_encoder_lora", "vision_lora"),
+}
 _OPTIONS = {"language_model": "use_llm_lora", "vision_model": "use_backbone_lora"}
 _ALPHA_PER_RANK = 2  # the official trainer's wrap_llm_lora and wrap_backbone_lora are always called with 2 · r
 

@@ -1,4 +1,7 @@
-"""The tensors of another trainer's checkpoint under the official names of the model that they belong to."""
+"""The tensors of another trainer's checkpoint under the official names of the model that they belong to.
+
+Official are InternVL's names, and for LLaVA models those that XTuner's folders have (the parts' own).
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,21 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from vlmtune.errors import WeightsError
 from vlmtune.weights.foreign.alpha import Alpha
-from vlmtune.weights.foreign.tensors import Source
-from vlmtune.weights.shards import TensorInfo
+from vlmtune.weights.places import POSITIONS, POSITIONS_AGAIN
+from vlmtune.weights.shards import Source, TensorInfo
 from vlmtune.weights.strict import listed
 
-PROJECTOR = "mlp1."
+Naming = Literal["official", "xtuner"]
+"""The layout whose names a checkpoint's tensors have: InternVL's official one, or LLaVA's of XTuner."""
+_PROJECTOR = re.compile(r"mlp1\..+|model\.\d+\.(?:weight|bias)")
 _OUTER = re.compile(r"(?:module\.|model\.|_orig_mod\.)*(?=(?:language_model|vision_model|mlp1)\.)")
+_XTUNER = re.compile(r"(?:module\.|_orig_mod\.)*(?:llm|visual_encoder|projector)\.(?:base_model\.model\.)?(.+)")
 _WRAPPER = re.compile(r"^(language_model|vision_model)\.base_model\.model\.")
 _LORA = re.compile(r"(.+)\.lora_(A|B)(?:\.(\w+))?\.weight")
 _SAVED = re.compile(r"\.modules_to_save\.\w+\.")
@@ -94,13 +101,30 @@ def sort(source: Source, alpha: Alpha, *, prefix: str = "") -> Parts:
             strangers.append(name)
         elif ".original_module." not in official:  # what a copy that was trained in full has replaced
             parts.whole[_SAVED.sub(".", official).replace(".base_layer.", ".")] = place
+    if POSITIONS_AGAIN in parts.whole:
+        parts.whole[POSITIONS] = parts.whole.pop(POSITIONS_AGAIN)
     _refuse(source.folder, strangers, adapters, [layer for layer, found in halves.items() if len(found) < 2])
     parts.lora.update({layer: Lora(found["A"], found["B"], alpha) for layer, found in halves.items()})
     return parts
 
 
+def naming(source: Source) -> Naming:
+    """By the names of most of the tensors."""
+    return (
+        "xtuner" if sum(_XTUNER.fullmatch(name) is not None for name in source.infos) * 2 > len(source) else "official"
+    )
+
+
+def is_projector(name: str) -> bool:
+    """Whether an official name is that of a tensor of the projector."""
+    return _PROJECTOR.fullmatch(name) is not None
+
+
 def official_name(name: str) -> str | None:
-    """A name without the prefixes of trainers and wrappers; None if it is none of an official InternVL model."""
+    """A name without the prefixes of trainers and wrappers; None if it is none of an official InternVL model, or of a
+    LLaVA model of XTuner."""
+    if llava := _XTUNER.fullmatch(name):
+        return llava[1]
     match = _OUTER.match(name)
     return None if match is None else _WRAPPER.sub(r"\1.", name[match.end() :])
 
@@ -109,8 +133,10 @@ def _refuse(where: Path, strangers: Iterable[str], adapters: set[str], halves: I
     strangers, halves = list(strangers), list(halves)
     if strangers:
         raise WeightsError(
-            f"{len(strangers)} tensors are none of an official InternVL model or of a LoRA on one: {listed(strangers)}",
-            where=str(where), expected="names such as language_model.…, vision_model.…, mlp1.…",
+            f"{len(strangers)} tensors are none of an official InternVL model, of XTuner's LLaVA, or of a LoRA on one: "
+            f"{listed(strangers)}",
+            where=str(where),
+            expected="names such as language_model.…, vision_model.…, mlp1.…, or llm.…, visual_encoder.…, projector.…",
         )  # fmt: skip
     if len(adapters) > 1:
         raise WeightsError(f"several adapters: {listed(sorted(adapters))}", where=str(where), expected="one")

@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Literal
 
 from vlmtune.errors import WeightsError
-from vlmtune.weights.shards import INDEX, SINGLE, Shards, read_header
+from vlmtune.weights.places import INDEX, SINGLE, folders
+from vlmtune.weights.shards import Shards, read_header
 
-Kind = Literal["pickle", "deepspeed", "unmerged", "peft"]
+Kind = Literal["pickle", "deepspeed", "unmerged", "peft", "parts"]
 WORDS: dict[Kind, str] = {
     "pickle": "a pickled checkpoint",
     "deepspeed": "a DeepSpeed checkpoint",
     "unmerged": "a checkpoint of the official trainer whose LoRA is not merged",
     "peft": "an adapter with the official names of its layers",
+    "parts": "what XTuner writes of a LLaVA model whose language model was frozen",
 }
 EXPORT_FIRST = (
     "Make a model folder of it first: `vlmtune export PATH -o DIR`, with --base MODEL where it holds no whole model."
@@ -38,7 +40,9 @@ def recognise(path: Path) -> Kind | None:
         return "peft" if _is_of_a_tower(path) else None
     if (path / SINGLE).is_file() or (path / INDEX).is_file():
         return "unmerged" if _is_unmerged(path) else None
-    return "deepspeed" if rank_folder(path) else None
+    if rank_folder(path):
+        return "deepspeed"
+    return "parts" if not (path / "config.json").is_file() and folders(path)[1:] else None
 
 
 def tower(file: Path) -> Literal["language_model", "vision_model"] | None:

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from vlmtune.errors import WeightsError
-from vlmtune.weights.foreign import pickles
-from vlmtune.weights.shards import TensorInfo, dtype_code, read_header
+from vlmtune.weights import pickles
+from vlmtune.weights.shards import Shards, TensorInfo, dtype_code, read_header
 from vlmtune.weights.strict import listed
 
 _WRAPPED = ("state_dict", "module", "model")
 """Where a pickled checkpoint keeps its tensors: mmengine, DeepSpeed without ZeRO, plain PyTorch trainers."""
-
-
-class Source(Protocol):
-    """Tensors by name, one at a time; `Shards` is one."""
-
-    folder: Path
-
-    def __len__(self) -> int: ...
-
-    def __contains__(self, name: object) -> bool: ...
-
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]: ...
-
-    def read(self, name: str) -> torch.Tensor: ...
 
 
 class Tensors:
@@ -89,6 +75,27 @@ def of_file(file: Path) -> Tensors:
             return opened.get_tensor(name)
 
     return Tensors(file, {info.name: info for info in read_header(file)}, read)
+
+
+def of_folders(places: Mapping[str, Path], where: Path) -> Tensors:
+    """Model folders, the tensors of each under its own prefix.
+
+    Args:
+        places: prefix without its dot -> folder.
+        where: what messages name.
+    """
+    sources = {prefix: Shards(place) for prefix, place in places.items()}
+    infos = {
+        f"{prefix}.{name}": replace(info, name=f"{prefix}.{name}")
+        for prefix, source in sources.items()
+        for name, info in source.infos.items()
+    }
+
+    def read(name: str) -> torch.Tensor:
+        prefix, own = name.split(".", 1)
+        return sources[prefix].read(own)
+
+    return Tensors(where, infos, read)
 
 
 def read_pickle(file: Path) -> tuple[Tensors, str]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from vlmtune.errors import WeightsError
-from vlmtune.weights.foreign import pickles
+from vlmtune.weights import pickles
 from vlmtune.weights.foreign.tensors import Tensors, config_text, describe
 
 _FLAT_2, _FLAT_3 = "single_partition_of_fp32_groups", "fp32_flat_groups"

@@ -92,7 +92,7 @@ def test_too_many_pictures_for_the_fewest_tiles_are_one_tile_each() -> None:
 
 
 def test_frames_are_one_tile_and_take_nothing_from_pictures() -> None:
-    plans = pictures.plan([(600, 100)] * 4, _official(), [False, True, True, True])
+    plans = pictures.plan([(600, 100)] * 4, _official(), [None, 0, 5, 9])
     assert [plan.layout for plan in plans] == [(6, 1), (1, 1), (1, 1), (1, 1)]
     assert pictures.pixels(_noise(600, 100), plans[1], _official())["pixel_values"].shape[0] == 1
 

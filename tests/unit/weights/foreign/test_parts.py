@@ -30,7 +30,11 @@ def sorted_names(*names: str, prefix: str = "", shape: tuple[int, ...] = (4, 4))
         ("module.model.mlp1.0.bias", "mlp1.0.bias"),
         ("_orig_mod.vision_model.base_model.model.encoder.x", "vision_model.encoder.x"),
         ("model.layers.0.x", None),
-        ("llm.model.layers.0.x", None),
+        ("decoder.model.layers.0.x", None),
+        ("llm.model.layers.0.x", "model.layers.0.x"),
+        ("module.llm.base_model.model.lm_head.x", "lm_head.x"),
+        ("visual_encoder.pos_emb", "pos_emb"),
+        ("projector.model.2.bias", "model.2.bias"),
         ("model.other.language_model.x", None),
     ],
 )
@@ -61,8 +65,8 @@ def test_an_adapter_of_one_part() -> None:
     ("names", "message"),
     [
         (
-            ("llm.x", "projector.y", "mlp1.0.bias"),
-            "2 tensors are none of an official .*: llm.x, projector",
+            ("decoder.x", "projector.y", "mlp1.0.bias"),
+            "2 tensors are none of an official .*: decoder.x, projector",
         ),
         ((f"{W}.lora_magnitude_vector.default.weight",), "lora_magnitude_vector"),
         ((f"{W}.lora_embedding_A",), "lora_embedding_A"),

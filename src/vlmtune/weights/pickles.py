@@ -77,6 +77,18 @@ def load(file: Path) -> Any:
         ) from None  # fmt: skip
 
 
+def load_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors by name of a file of weights alone (``pytorch_model.bin``).
+
+    Raises:
+        WeightsError: see `load`; a file that holds something else.
+    """
+    held = load(file)
+    if not isinstance(held, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in held.values()):
+        raise WeightsError("the file holds something else than weights", where=str(file), expected="tensors by name")
+    return held
+
+
 def _refused(message: str, file: Path) -> WeightsError:
     named, complaint = _GLOBAL.search(message), _COMPLAINT.search(message)
     found = (

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vlmtune.errors import WeightsError
-from vlmtune.weights.foreign import pickles
+from vlmtune.weights import pickles
 from vlmtune.weights.foreign.tensors import read_pickle
 
 
