@@ -113,8 +113,17 @@ def _bpe(special: Sequence[str]) -> Tokenizer:
     return bpe
 
 
-def write_llava(folder: Path, *, hidden_size: int, layers: int, image_size: int = 112, patch_size: int = 14) -> Path:
-    """A LLaVA folder that plain transformers (and TRL) can open without torchvision."""
+def write_llava(
+    folder: Path,
+    *,
+    hidden_size: int,
+    layers: int,
+    tower_layers: int | None = None,
+    image_size: int = 112,
+    patch_size: int = 14,
+) -> Path:
+    """A LLaVA folder that plain transformers (and TRL) can open without torchvision; `layers` of the tower too unless
+    `tower_layers` says another number."""
     folder.mkdir(parents=True, exist_ok=True)
     bpe = _bpe(["<pad>", "<s>", "</s>", "<image>"])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -142,12 +151,13 @@ def write_llava(folder: Path, *, hidden_size: int, layers: int, image_size: int 
     shared = {
         "hidden_size": hidden_size,
         "intermediate_size": 3 * hidden_size,
-        "num_hidden_layers": layers,
         "num_attention_heads": 8,
     }
+    tower = {"num_hidden_layers": tower_layers or layers, "image_size": image_size, "patch_size": patch_size, **shared}
+    text = {"num_hidden_layers": layers, "vocab_size": len(tokenizer), "pad_token_id": 0, **shared}
     config = transformers.LlavaConfig(
-        vision_config={"model_type": "clip_vision_model", "image_size": image_size, "patch_size": patch_size, **shared},
-        text_config={"model_type": "llama", "vocab_size": len(tokenizer), "pad_token_id": 0, **shared},
+        vision_config={"model_type": "clip_vision_model", **tower},
+        text_config={"model_type": "llama", **text},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     torch.manual_seed(0)

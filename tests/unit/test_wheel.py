@@ -83,7 +83,7 @@ def test_the_wheel_names_its_licence_and_its_needs(wheel: Path) -> None:
     }
     assert needs == {
         "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "pillow", "numpy", "pydantic",
-        "pyyaml", "rich", "jinja2", "sacrebleu", "tensorboard",
+        "protobuf", "pyyaml", "rich", "jinja2", "sacrebleu", "tensorboard",
     }  # fmt: skip
 
 

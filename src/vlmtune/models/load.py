@@ -32,6 +32,7 @@ from vlmtune.weights import strict
 from vlmtune.weights.foreign.recognise import EXPORT_FIRST, WORDS, recognise
 from vlmtune.weights.layout import WeightTable
 from vlmtune.weights.loading import conversion_rules
+from vlmtune.weights.places import is_plain
 from vlmtune.weights.shards import Shards
 
 # Python files are fetched: they are never run, but an export in the publisher's layout hands them on.
@@ -247,9 +248,9 @@ def _from(folder: Path) -> dict[str, Any]:
 
     The tensors are mapped from their files, so that nothing is in memory twice.
     """
-    source = Shards(folder)
-    if source.one_folder:
+    if is_plain(folder):
         return {"pretrained_model_name_or_path": folder, "use_safetensors": True}
+    source = Shards(folder)
     return {"pretrained_model_name_or_path": None, "state_dict": {name: source.read(name) for name in source.infos}}
 
 

@@ -29,6 +29,11 @@ def folders(folder: Path) -> tuple[Path, ...]:
     return (folder, *parts)
 
 
+def is_plain(folder: Path) -> bool:
+    """Whether the weights are the safetensors of this folder alone, as transformers reads them by itself."""
+    return len(folders(folder)) == 1 and any((folder / name).is_file() for name in (SINGLE, INDEX))
+
+
 def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
     """The files with weights of one folder, and what its index says of them: name of a tensor -> name of its file.
 

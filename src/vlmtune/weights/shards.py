@@ -102,11 +102,6 @@ class Shards:
         if POSITIONS_AGAIN in self._info:
             self._info[POSITIONS] = replace(self._info.pop(POSITIONS_AGAIN), name=POSITIONS)
 
-    @property
-    def one_folder(self) -> bool:
-        """Whether these are the safetensors of one folder, as transformers reads them by itself."""
-        return not self._pickled and len(folders(self.folder)) == 1
-
     def _add(self, place: Path) -> None:
         files, listed = weight_files(place)
         for file in files:

@@ -61,6 +61,7 @@ def linear_under(model: torch.nn.Module, *prefixes: str) -> set[str]:
 BLOCKS = {
     "internvl": ("model.language_model.layers", "model.vision_tower.encoder.layer"),
     "llava": ("model.language_model.layers", "model.vision_tower.encoder.layers"),
+    "llava-merged": ("model.language_model.layers", "model.vision_tower.encoder.layers"),
     "qwen2_5_vl": ("model.language_model.layers", "model.visual.blocks"),
     "qwen3_vl": ("model.language_model.layers", "model.visual.blocks"),
     "smolvlm": ("model.text_model.layers", "model.vision_model.encoder.layers"),

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlmtune.errors import WeightsError
+from vlmtune.weights.places import is_plain
 from vlmtune.weights.shards import (
     INDEX,
     SINGLE,
@@ -173,11 +174,11 @@ def test_a_folder_without_safetensors_says_so(tmp_path: Path) -> None:
 def test_pickled_weights_are_read_where_there_are_no_others(tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "pytorch_model.bin")
     shards = Shards(tmp_path)
-    assert not shards.one_folder
+    assert not is_plain(tmp_path)
     assert {name: info.shape for name, info in shards.infos.items()} == {n: tuple(t.shape) for n, t in TENSORS.items()}
     assert all(torch.equal(shards.read(name), tensor) for name, tensor in TENSORS.items())
     save_file({"only": torch.ones(2)}, tmp_path / SINGLE)
-    assert list(Shards(tmp_path).infos) == ["only"] and Shards(tmp_path).one_folder
+    assert list(Shards(tmp_path).infos) == ["only"] and is_plain(tmp_path)
 
 
 def test_pickled_shards_and_their_index(tmp_path: Path) -> None:
@@ -214,5 +215,5 @@ def test_the_folders_of_a_model_in_parts(form: llava_models.Form, tmp_path: Path
     shards = Shards(folder)
     shapes = (llava_models.language_shapes, llava_models.tower_shapes, llava_models.projector_shapes)
     assert {name: info.shape for name, info in shards.infos.items()} == {n: s for part in shapes for n, s in part()}
-    assert not shards.one_folder
+    assert not is_plain(folder)
     assert shards.read("model.0.bias").shape == (llava_models.WIDTH,)

@@ -65,8 +65,8 @@ def test_an_adapter_of_one_part() -> None:
     ("names", "message"),
     [
         (
-            ("decoder.x", "projector.y", "mlp1.0.bias"),
-            "2 tensors are none of an official .*: decoder.x, projector",
+            ("decoder.x", "adapter.y", "mlp1.0.bias"),
+            "2 tensors are none of an official .*: decoder.x, adapter.y",
         ),
         ((f"{W}.lora_magnitude_vector.default.weight",), "lora_magnitude_vector"),
         ((f"{W}.lora_embedding_A",), "lora_embedding_A"),
