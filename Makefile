@@ -44,6 +44,7 @@ bench: $(VENV)/installed-bench ## the measurements of docs/performance.md
 	$(BIN)/python benchmarks/pictures.py
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/quick.py
+	$(BIN)/python benchmarks/token_merging.py
 	$(BIN)/python benchmarks/train.py
 
 schema: $(VENV)/installed ## write the JSON schema of a run's YAML

@@ -117,7 +117,7 @@ def config_for(folder: Path, ratio: float, steps: int, rows: int) -> RunConfig:
                 "max_steps": steps,
                 "global_batch_size": rows,
                 "micro_batch_size": rows,
-                "learning_rate": 1e-3,
+                "learning_rate": 3e-3,
                 "warmup": 0.05,
                 "weight_decay": 0.1,
                 "keep_checkpoints": 1,

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="new or empty folder")
     parser.add_argument(
-        "--layout", metavar="NAME", help="how the weights are named: native (transformers') or official (the "
-        "publisher's, for LMDeploy, vLLM and evaluation kits); that of the base if left out",
+        "--layout", metavar="NAME", help="how the weights are named: native (transformers'), official (InternVL's own, "
+        "for LMDeploy, vLLM and evaluation kits), xtuner or llava (LLaVA's); that of the base if left out",
     )  # fmt: skip
     parser.add_argument("--checkpoint", default="best", help="of a run folder: best, last, or a step")
     parser.add_argument(
