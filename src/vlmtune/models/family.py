@@ -246,6 +246,10 @@ class Family(Protocol):
         """What a reader of `vlmtune info` could not guess about this model's pictures; None if nothing."""
         ...
 
+    def lays_end_to_end(self, spec: Any) -> bool:
+        """Whether the pictures of a micro batch go through the tower as one row, so that its first axis is no picture."""
+        ...
+
     def plan(self, sizes: Sequence[Size], spec: Any, frames: Sequence[int | None] = ()) -> tuple[MediaPlan, ...]:
         """All pictures of one sample at once (some families divide a tile budget among them); sizes only.
 

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from torch import nn
 
-from vlmtune.config.schema import LoraTuning
+from vlmtune.config.schema import FullTuning, LoraTuning
 from vlmtune.errors import ConfigError
 from vlmtune.models.load import load_model, open_folder
 from vlmtune.tuning.adapters import prepare, target_modules, target_regex
@@ -141,3 +141,11 @@ def test_rank_of_a_component_without_adapter_is_refused(tiny_folder: Callable[[s
     opened = open_folder(tiny_folder("internvl"))
     with pytest.raises(ConfigError, match=r"tuning\.alphas: names projector, where no adapter goes"):
         prepare(load_model(opened), opened, LoraTuning(targets=("q_proj",), alphas={"projector": 4}))
+
+
+def test_drop_path_is_refused_where_pictures_lie_end_to_end(tiny_folder: Callable[[str], Path]) -> None:
+    opened = open_folder(tiny_folder("llava-merged"))
+    with pytest.raises(ConfigError, match=r"tuning\.drop_path: does not go with merged tokens"):
+        prepare(load_model(opened), opened, FullTuning(drop_path=0.1))
+    plain = open_folder(tiny_folder("llava"))
+    prepare(load_model(plain), plain, FullTuning(drop_path=0.1))

@@ -149,6 +149,10 @@ class AutoFamily:
     def boxes(self, folder: ModelFolder) -> BoxFormat:
         return conventions.boxes(str(folder.config.get("model_type")))
 
+    def lays_end_to_end(self, spec: Any) -> bool:
+        del spec
+        return False
+
     def about_pictures(self, spec: Any) -> str | None:
         del spec
         return None

@@ -138,6 +138,10 @@ class InternVLFamily:
         del folder
         return BoxFormat(template="<box>[[{x1}, {y1}, {x2}, {y2}]]</box>")
 
+    def lays_end_to_end(self, spec: InternVLSpec) -> bool:
+        del spec
+        return False
+
     def about_pictures(self, spec: InternVLSpec) -> str | None:
         del spec
         return None

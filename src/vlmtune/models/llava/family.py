@@ -139,6 +139,9 @@ class LlavaFamily(AutoFamily):
         mark = str(tokenizer.convert_ids_to_tokens(spec.placeholder_id))
         return probe(tokenizer, template, mark, text, place=str(folder.path))
 
+    def lays_end_to_end(self, spec: Spec) -> bool:
+        return isinstance(spec, LlavaSpec)
+
     def about_pictures(self, spec: Spec) -> str | None:
         return pictures.about(spec) if isinstance(spec, LlavaSpec) else None
 
