@@ -23,7 +23,8 @@ demo: $(VENV)/installed ## one whole job on handwritten digits, in the folder qu
 test: $(VENV)/installed-dev ## every test (PYTEST="-k config" for some)
 ifeq ($(PYTEST),)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2 --dist loadfile
-	$(BIN)/python -m pytest --ignore tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/families tests/export -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/cli tests/distributed tests/training
 else
 	$(BIN)/python -m pytest $(PYTEST)
 endif
