@@ -247,7 +247,7 @@ class Family(Protocol):
         ...
 
     def lays_end_to_end(self, spec: Any) -> bool:
-        """Whether the pictures of a micro batch go through the tower as one row, so that its first axis is no picture."""
+        """Whether the pictures of a micro batch go through the tower as one row: its first axis is then no picture."""
         ...
 
     def plan(self, sizes: Sequence[Size], spec: Any, frames: Sequence[int | None] = ()) -> tuple[MediaPlan, ...]:

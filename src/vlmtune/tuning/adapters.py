@@ -51,8 +51,8 @@ def _install_drop_path(model: nn.Module, opened: OpenedFolder, rate: float) -> N
     """On the tower's layers, in the copy as well that PEFT trains of a tower beside the adapter."""
     if opened.family.lays_end_to_end(opened.spec):
         raise ConfigError(
-            "does not go with merged tokens or pictures in their own shapes: the pictures of a micro batch lie end to end "
-            "in the tower, so that a branch would be dropped for all of them at once",
+            "does not go with merged tokens or pictures in their own shapes: the pictures of a micro batch lie end to "
+            "end in the tower, so that a branch would be dropped for all of them at once",
             where="tuning.drop_path",
             remedy="Leave it out.",
         )

@@ -273,10 +273,11 @@ def _write_llava(opened: OpenedFolder, out: Path, record: Mapping[str, Any]) -> 
     made = opened.config.to_dict()
     kept = {**record, "vision_config": configs.tower_config(found.vision, where=str(folder.path))}
     if origin(folder) == LLAVA:
-        config = {**found.language, "vocab_size": made["text_config"]["vocab_size"]}
+        config = dict(found.language)
     else:
         aspect = "pad" if record.get("fit") == "pad_square" else "square"
         config = configs.llava_config(made, found.language, aspect=aspect)
+    config["vocab_size"] = made["text_config"]["vocab_size"]  # a native export in between may have added rows
     write_json(out / "config.json", {**config, configs.RECORD: kept})
     _preprocessor(opened, out)
     if config["mm_vision_tower"]:
