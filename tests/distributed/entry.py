@@ -38,7 +38,7 @@ def shard_on_cpu() -> None:
 
 
 def watch_conversions() -> None:
-    """Under ZeRO-3 `compat.forget_unused_conversions` must find something to forget, else transformers' defect is gone."""
+    """Under ZeRO-3 `compat.forget_unused_conversions` must find something to forget, else the defect is gone."""
     original = compat.forget_unused_conversions
 
     def checked(model: Any) -> None:
