@@ -100,7 +100,7 @@ def test_export_and_a_second_one(folder: Path, model: Path, capsys: pytest.Captu
     out = str(folder / "out")
     assert main(["export", str(model), "-o", out, "--dtype", "bfloat16"]) == 0
     printed = capsys.readouterr().out
-    assert "= 2 × the difference of one cast to bfloat16" in printed
+    assert "= 2 × the difference of one merge and cast to bfloat16" in printed
     assert main(["export", str(model), "-o", out]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["export", str(model), "-o", out, "--overwrite", "--verify", "none"]) == 0

@@ -88,7 +88,7 @@ def _print(result: ExportResult) -> None:
         )  # fmt: skip
         print(f"comparison: --verify {result.verify}, {where}")
     for one in result.comparisons:
-        cast = f" = 2 × the difference of one cast to {result.dtype}" if one.limit == 2 * one.one_cast else ""
+        cast = f" = 2 × the difference of one merge and cast to {result.dtype}" if one.limit == 2 * one.one_cast else ""
         print(
             f"compared on a {one.prompt} ({one.num_positions} positions): largest difference of a logit "
             f"{one.difference:.1e}, allowed {one.limit:.1e}{cast}"

@@ -84,9 +84,9 @@ def expect(located: Located, dtype: torch.dtype, device: str | None, meter: Mete
     prompts = tuple(source.encode(prompt) for prompt in verify.fixed_prompts())
     logits = ask(source, prompts, "asking the trained model")
     one_cast = [0.0] * len(prompts)
-    if dtype != torch.float32:
+    if located.base is not None or dtype != torch.float32:
         cast = ask(_open_cast(located, dtype, device, meter), prompts, f"asking it after one cast to {dtype}")
-        one_cast = [verify.difference(a, b) for a, b in zip(logits, cast, strict=True)]
+        one_cast = [verify.rounding(a, b, dtype) for a, b in zip(logits, cast, strict=True)]
     return Expected(prompts=prompts, logits=logits, one_cast=one_cast)
 
 

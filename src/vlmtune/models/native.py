@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 from vlmtune.config.schema import ChatStyle, VideoOptions
 from vlmtune.errors import ConfigError, WeightsError
-from vlmtune.models.family import ModelFolder
+from vlmtune.models.family import Components, ModelFolder
 
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 COPIED = (
@@ -90,6 +90,20 @@ def refuse_slow_fast(options: VideoOptions) -> None:
             where="model.video.slow_fast",
             expected="a LLaVA model with a CLIP or SigLIP tower, and model.image.token_merge_ratio below 1",
         )
+
+
+def components(vision_blocks: str) -> Components:
+    """Where transformers keeps the parts of a model of tower, two-layer projector and decoder (LLaVA, InternVL).
+
+    vision_blocks: name of the list of the tower's blocks.
+    """
+    projector = ("model.multi_modal_projector",)
+    return Components(
+        vision=("model.vision_tower",),
+        projector=projector,
+        language=("model.language_model",),
+        blocks={"vision": (vision_blocks,), "projector": projector, "language": ("model.language_model.layers",)},
+    )
 
 
 def shared_length(config: PretrainedConfig) -> int | None:

@@ -86,17 +86,7 @@ class InternVLFamily:
 
     def components(self, folder: ModelFolder) -> Components:
         del folder
-        projector = ("model.multi_modal_projector",)
-        return Components(
-            vision=("model.vision_tower",),
-            projector=projector,
-            language=("model.language_model",),
-            blocks={
-                "vision": ("model.vision_tower.encoder.layer",),
-                "projector": projector,
-                "language": ("model.language_model.layers",),
-            },
-        )
+        return native.components("model.vision_tower.encoder.layer")
 
     def tokenizer(self, folder: ModelFolder) -> PreTrainedTokenizerBase:
         official = folders.conventions(folder)

@@ -101,17 +101,7 @@ class LlavaFamily(AutoFamily):
     def components(self, folder: ModelFolder) -> Components:
         if folders.layout(folder) == NATIVE:
             return super().components(folder)
-        projector = ("model.multi_modal_projector",)
-        return Components(
-            vision=("model.vision_tower",),
-            projector=projector,
-            language=("model.language_model",),
-            blocks={
-                "vision": ("model.vision_tower.encoder.layers",),
-                "projector": projector,
-                "language": ("model.language_model.layers",),
-            },
-        )
+        return native.components("model.vision_tower.encoder.layers")
 
     def media_spec(self, folder: ModelFolder, tokenizer: PreTrainedTokenizerBase, media: MediaOptions) -> Spec:
         habits = _habits(folder)
