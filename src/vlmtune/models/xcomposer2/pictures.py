@@ -21,7 +21,7 @@ from vlmtune.config.schema import ImageOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
 from vlmtune.errors import ConfigError, DataError, WeightsError
 from vlmtune.models.pixels import Planes, Tones, Triple, grid_tiles, make_tones, seen_tiles, tiles
-from vlmtune.models.resample import resized_planes
+from vlmtune.models.resample import planes_of
 from vlmtune.models.xcomposer2.configuration import XComposer2Config
 
 GRIDS = "tile_grids"
@@ -240,7 +240,8 @@ def _padded_planes(picture: PIL.Image.Image, place: HdSize, tile: int) -> Planes
     # Pillow resizes across and then down, rounding in between; the official code lays upright pictures on their side.
     turned = picture.transpose(PIL.Image.Transpose.TRANSPOSE) if upright else picture
     size = (height, width) if upright else (width, height)
-    planes = [plane.T if upright else plane for plane in resized_planes(turned, size, PIL.Image.Resampling.BILINEAR)]
+    small = turned.resize(size, PIL.Image.Resampling.BILINEAR)
+    planes = planes_of(small.transpose(PIL.Image.Transpose.TRANSPOSE) if upright else small)
     if (width, height) == (columns * tile, rows * tile):
         return planes
     padded = [np.full((rows * tile, columns * tile), 255, dtype=np.uint8) for _ in planes]
@@ -258,11 +259,12 @@ def _shrunk(values: np.ndarray, times: int) -> np.ndarray:
     """
     if times % 2:
         return values[times // 2 :: times]
-    first = np.arange(0, len(values), times) + (times // 2 - 2)
-    one, two, three, four = (
-        values[np.clip(first + n, 0, len(values) - 1)].astype(np.float32) for n in range(4)
-    )  # the edge stands for what lies beyond it
-    return (19 * (two + three) - 3 * (one + four)) / 32
+    first, reach = times // 2 - 2, len(values) - times + 1
+    if first < 0:  # the edge stands for what lies beyond it
+        values, first = np.pad(values, ((1, 1), (0, 0)), mode="edge"), 0
+    one, two, three, four = (values[start : start + reach : times] for start in range(first, first + 4))
+    inner, outer = np.add(two, three, dtype=np.float32), np.add(one, four, dtype=np.float32)
+    return (19 * inner - 3 * outer) / 32
 
 
 def _square(options: ImageOptions, own: int, patch: int) -> int:

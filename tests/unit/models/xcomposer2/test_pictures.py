@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 from fractions import Fraction
 from math import ceil
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from transformers import CLIPVisionConfig
 
 from vlmtune.config.schema import ImageOptions
+from vlmtune.data.collate import smallest_picture
 from vlmtune.data.sample import Encoded, Span
 from vlmtune.errors import ConfigError, DataError, WeightsError
 from vlmtune.models.xcomposer2 import pictures
@@ -234,3 +236,10 @@ def test_the_mask_says_where_pictures_stand() -> None:
     packed = pictures.image_mask([[text, one, two]])
     assert packed.dtype == torch.bool and packed.int().tolist() == [[0, 0, 0, 1, 1, 0, 1, 0, 1, 1, 1]]
     assert pictures.image_mask([[one], [two]], left=True)[1].int().tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_picture_of_a_batch_without_pictures_is_one_tile() -> None:
+    # `max_tiles` of the smallest picture would be as many as of the largest: 4khd enlarges whatever it gets.
+    opened: Any = SimpleNamespace(family=pictures, spec=_spec(max_tiles=16))
+    found = smallest_picture(opened)
+    assert found["tile_grids"].tolist() == [[1, 1]] and len(found["pixel_values"]) == 2
