@@ -131,6 +131,10 @@ class Components:
     """Prefixes of the transformer blocks inside a component: where LoRA on that component sits."""
     head: tuple[str, ...] = ("lm_head",)
     """The output head; it counts as language."""
+    pictures_only: str | None = None
+    """Regex over full names of parameters of the language component that only visual tokens reach."""
+    undemanded: str | None = None
+    """Regex over full names of parameters that train, but get a gradient from some rows only: nobody can demand one."""
 
     def of(self, parameter: str) -> Component | None:
         """The component of a parameter by its full name, the longest prefix winning; None if no prefix covers it."""

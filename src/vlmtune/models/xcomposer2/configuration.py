@@ -1,0 +1,43 @@
+"""The configuration of our model class for InternLM-XComposer2, for which transformers has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+
+MODEL_TYPE = "vlmtune_xcomposer2"
+"""Our own: official folders say internlm or internlm2, which belong to other models."""
+
+
+@strict
+class XComposer2Config(PreTrainedConfig):
+    """
+    high_resolution: pictures are cut into tiles beside a view of the whole (4khd); else each is one square.
+    max_tiles: with `high_resolution`, most tiles of a picture; the publisher's scripts call it hd_num.
+    partial_rank, partial_scale: of the partial LoRA; the scale is alpha ÷ rank.
+    partial_wqkv_rank, partial_wqkv_scale: the same for the layer in front of the attention, where 4khd has others.
+    partial_dropout: of what the partial LoRA gets, in training.
+    """
+
+    model_type = MODEL_TYPE
+    sub_configs = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    high_resolution: bool = False
+    max_tiles: int = 16
+    partial_rank: int = 256
+    partial_scale: float = 1.0
+    partial_wqkv_rank: int = 256
+    partial_wqkv_scale: float = 1.0
+    partial_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, kind in self.sub_configs.items():
+            given = vars(self).get(name)
+            if not isinstance(given, PreTrainedConfig):
+                setattr(self, name, kind(**(given or {})))
+        super().__post_init__(**kwargs)
