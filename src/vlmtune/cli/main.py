@@ -24,7 +24,9 @@ from vlmtune.errors import Interrupted, UsageError, VlmtuneError
 from vlmtune.version import __version__
 
 # In the order of a job.
-VERBS = ("quickstart", "init", "check", "preview", "prepare", "train", "eval", "export", "assemble", "chat", "info")
+VERBS = (
+    "quickstart", "init", "embed", "check", "preview", "prepare", "train", "eval", "export", "assemble", "chat", "info",
+)  # fmt: skip
 
 EXIT_CODES = "exit codes: 0 done, 2 usage or configuration, 3 data, 4 weights, 1 anything else"
 
