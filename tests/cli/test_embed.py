@@ -96,7 +96,7 @@ def test_a_folder_its_rows_and_a_second_run(
     for row in made:
         found = load_file(pages / row["embedding"])["embedding"]
         torch.testing.assert_close(found, expected(encoder, pages / row["image"]), atol=1e-5, rtol=1e-4)
-        assert len(found) == row["num_embeddings"]
+        assert set(row) == {"id", "image", "embedding", "conversations"}
     assert made[3]["conversations"] == [
         {"from": "human", "value": "<image>\n<embedding>\n写了什么？"},
         {"from": "gpt", "value": "天地玄黄"},
@@ -133,6 +133,9 @@ def test_other_settings_are_not_mixed_in(
     assert torch.load(tmp_path / "pt" / "a.pt", weights_only=True).shape[1] == 48
     assert encode(encoder, pages, "-o", tmp_path / "pt", "--suffix", ".pt") == 0
     assert "; 4 pages kept from before" in capsys.readouterr().out
+    (tmp_path / "pt" / "embed.json").unlink()
+    assert encode(encoder, pages, "-o", tmp_path / "pt", "--suffix", ".pt") == 2
+    assert "4 of the files that would be written are there, and nothing tells" in capsys.readouterr().err
 
 
 def test_bad_regions_refuse_the_whole_or_are_left_out_and_counted(

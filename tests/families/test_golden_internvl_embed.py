@@ -162,7 +162,7 @@ def furnished(tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempP
         out, source = base / "model", tiny_folder("internvl")
         shutil.copytree(source, out)
         tiny = json.loads((source / "config.json").read_text())
-        edge, width = record["vision_config"]["image_size"], record["resampler"]["dim"]
+        edge, width = SquareRule().square, record["resampler"]["dim"]  # the reference shows it to any tower
         text = {**tiny["text_config"], "hidden_size": width, "architectures": ["Qwen2ForCausalLM"]}
         ratio = record["downsample_ratio"]
         official = {"vision_config": record["vision_config"], "llm_config": text, "downsample_ratio": ratio}

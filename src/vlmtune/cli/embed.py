@@ -207,12 +207,13 @@ def _write_rows(args: argparse.Namespace, jobs: list[Job], outcome: Outcome) -> 
         image, embedding = below(root, [job.page.picture, job.out])
         labels = [region.label for region in job.page.regions]
         row: dict[str, Any] = {"id": embedding.rpartition(".")[0], "image": image, "embedding": embedding}
-        row |= {"num_embeddings": outcome.rows[job.out], "labels": labels}
         if args.ask:
             row["conversations"] = [
                 {"from": "human", "value": f"<image>\n<embedding>\n{args.ask}"},
                 {"from": "gpt", "value": args.joint.join(labels)},
             ]
+        else:
+            row["labels"] = labels
         rows.append(row)
     if args.rows.suffix == ".jsonl":
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -50,6 +50,7 @@ class Codebook:
         if not all(bool(tensor.isfinite().all()) for tensor in (normed, mu, sigma)):
             raise WeightsError("the codebook holds NaN or infinity", where=where)
         self.normed, self.mu, self.sigma = normed, mu, sigma
+        self._lengths = torch.cat([part.float().norm(dim=1) for part in normed.split(_CHUNK)]).clamp_min(_LEAST_NORM)
 
     def __len__(self) -> int:
         return len(self.normed)
@@ -101,8 +102,8 @@ class Codebook:
         best = torch.full((len(flat),), -torch.inf, device=flat.device)
         ids = torch.zeros(len(flat), dtype=torch.long, device=flat.device)
         for start in range(0, len(self), _CHUNK):
-            part = self.normed[start : start + _CHUNK].float()
-            cosines, places = (flat @ part.T / part.norm(dim=1).clamp_min(_LEAST_NORM)).max(dim=1)
+            part = slice(start, start + _CHUNK)
+            cosines, places = (flat @ self.normed[part].float().T / self._lengths[part]).max(dim=1)
             better = cosines > best
             best, ids = torch.where(better, cosines, best), torch.where(better, places + start, ids)
         return Nearest(ids.reshape(rows.shape[:-1]), best.reshape(rows.shape[:-1]))

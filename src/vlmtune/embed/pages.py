@@ -99,12 +99,12 @@ def below(root: Path, files: Sequence[Path]) -> list[str]:
     """
     found = []
     for file in files:
-        relative = os.path.relpath(file.absolute(), root.absolute())
-        if relative.startswith(".."):
+        relative = Path(os.path.relpath(file.absolute(), root.absolute()))
+        if ".." in relative.parts:
             raise UsageError(
                 f"{file} is not below it, and rows may not lead out of their folder", where=str(root),
                 remedy="Write the rows to a folder above pictures and embeddings, or name that folder with --root and "
                 "as the root of the source.",
             )  # fmt: skip
-        found.append(Path(relative).as_posix())
+        found.append(relative.as_posix())
     return found

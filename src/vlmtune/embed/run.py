@@ -194,21 +194,23 @@ def claim(folder: Path, jobs: Sequence[Job], settings: Mapping[str, Any], *, ove
         overwrite: the outputs of these pages are deleted first.
 
     Raises:
-        UsageError: the folder has outputs of other settings.
+        UsageError: the folder has outputs of other settings, or of unknown ones.
     """
     file = folder / SETTINGS
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = dict(settings)
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         known = None
-    differ = [key for key in settings if not isinstance(known, dict) or known.get(key) != settings[key]]
-    if differ and not overwrite:
+    there = sum(job.out.exists() for job in jobs)
+    found = ""
+    if not isinstance(known, dict):
+        found = f"{there} of the files that would be written are there, and nothing tells how they were made"
+    elif differ := [key for key in settings if known.get(key) != settings[key]]:
+        found = f"the folder holds embeddings of other settings ({', '.join(differ)})"
+    if found and there and not overwrite:
         raise UsageError(
-            f"the folder holds embeddings of other settings ({', '.join(differ)})", where=str(folder),
-            remedy="Choose another folder, or encode everything again with --overwrite.",
-        )  # fmt: skip
+            found, where=str(folder), remedy="Choose another folder, or encode everything again with --overwrite."
+        )
     if overwrite:
         for job in jobs:
             job.out.unlink(missing_ok=True)

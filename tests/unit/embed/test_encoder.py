@@ -11,7 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from llava_models import xtuner_folder
 from safetensors.torch import save_file
+from xcomposer2_models import furnish
 
 from vlmtune.embed.codebook import Codebook, statistics
 from vlmtune.embed.encoder import RegionEncoder
@@ -34,24 +36,49 @@ def encoder_of(model: Path, folder: Path, **more: object) -> Path:
     """A random encoder for a model, as a fitting would write it."""
     torch.manual_seed(0)
     weight = load_model(open_folder(model)).get_input_embeddings().weight
+    shape = replace(SHAPE, dim=weight.shape[1])
     config = EncoderConfig(model=str(model), model_sha256=fingerprint(model), heads=4, **more)  # type: ignore[arg-type]
-    write_encoder(folder, config, PerceiverResampler(SHAPE), torch.stack(statistics(weight), 1))
+    write_encoder(folder, config, PerceiverResampler(shape), torch.stack(statistics(weight), 1))
     return folder
 
 
-@pytest.mark.parametrize("kind", ["internvl", "llava", "llava-merged", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
-def test_every_family_sees_regions(kind: str, tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
+RECORDED = Path(__file__).parents[2] / "golden" / "xcomposer2"
+KINDS = (
+    "internvl",
+    "llava",
+    "llava-merged",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "smolvlm",
+    "official-internlm2",
+    "official-phi3",
+)
+
+
+@pytest.fixture(params=[*KINDS, "xtuner", "xcomposer2-vl", "xcomposer2-hd4k"])
+def model(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A model of each family and layout; XTuner's merges visual tokens, hd4k puts separators between them."""
+    if request.param == "xtuner":
+        xtuner_folder(tmp_path / "model", merging=True)
+        return tmp_path / "model"
+    if request.param.startswith("xcomposer2"):
+        return furnish(RECORDED / request.param.partition("-")[2], tmp_path / "model")
+    return tiny_folder(request.param)
+
+
+def test_every_family_sees_regions(model: Path, tmp_path: Path) -> None:
     """One by one and together the same, as many vectors as the model is wide, differentiable up to the projector."""
-    encoder = RegionEncoder.open(encoder_of(tiny_folder(kind), tmp_path / "encoder"))
+    encoder = RegionEncoder.open(encoder_of(model, tmp_path / "encoder"))
+    width = encoder.resampler.shape.dim
     some = crops(5)
     together = encoder.encode_crops(some)
-    assert together.nearest.ids.shape == (5, 3) and together.rows.shape == (sum(together.counts), 48)
+    assert together.nearest.ids.shape == (5, 3) and together.rows.shape == (sum(together.counts), width)
     alone = torch.cat([encoder.encode_crops([crop]).rows for crop in some])
     torch.testing.assert_close(together.rows, alone, atol=1e-5, rtol=1e-4)
     small = replace(encoder, batch_size=2).encode_crops(some)
     torch.testing.assert_close(small.rows, together.rows, atol=1e-5, rtol=1e-4)
     features = encoder.features([encoder.features.pixels(crop) for crop in some])
-    assert len(features) == 5 and features.shape[2] == 48 and features.requires_grad
+    assert len(features) == 5 and features.shape[2] == width and features.requires_grad
     assert not torch.allclose(features[0], features[1])
 
 
