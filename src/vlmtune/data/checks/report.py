@@ -48,6 +48,8 @@ class SourceCounts:
     dropped: int
     """Over-long rows, where they are dropped."""
     images: int
+    embedded: int
+    """Tokens that are rows of pseudo-text."""
     tokens: int | None
     trained_tokens: int | None
     """None where rows were not tokenised (``--quick``)."""
@@ -139,6 +141,7 @@ class Report:
             "bad": [bad_row_dict(part, row) for part, row in self.bad],
             "dropped": self.train.total("dropped"),
             "images": self.train.total("images"),
+            "embedded": self.train.total("embedded"),
             "tokens": self.train.total("tokens"),
             "trained_tokens": self.train.total("trained_tokens"),
             "epoch": dict(epoch),
@@ -165,7 +168,7 @@ class Report:
     def _eval(self) -> dict[str, Any] | None:
         if self.eval is None:
             return None
-        names = ("rows", "dropped", "images", "tokens", "trained_tokens")
+        names = ("rows", "dropped", "images", "embedded", "tokens", "trained_tokens")
         return {**{name: self.eval.total(name) for name in names}, "sources": self.eval.as_rows()}
 
 
@@ -258,6 +261,7 @@ def _counts(corpus: Corpus, measured: Measured, judged: Judged, *, quick: bool) 
                 bad=int(num_bad[number]),
                 dropped=len(source) - int(kept[number].sum()) - int(num_bad[number]),
                 images=usable_sum(measured.num_images),
+                embedded=usable_sum(measured.num_embedded),
                 tokens=None if quick else usable_sum(measured.num_tokens),
                 trained_tokens=None if quick else usable_sum(measured.num_trained),
                 epoch_rows=mixed[number],
