@@ -13,11 +13,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vlmtune.cli.main import main
-from vlmtune.embed.codebook import statistics
-from vlmtune.embed.encoder import RegionEncoder
+from vlmtune.embed.codebook import Nearest, statistics
+from vlmtune.embed.encoder import CropFeatures, RegionEncoder
 from vlmtune.embed.folder import EncoderConfig, write_encoder
 from vlmtune.embed.regions import SquareRule, read_page
 from vlmtune.embed.resampler import PerceiverResampler, ResamplerShape
@@ -106,7 +106,7 @@ def test_a_folder_its_rows_and_a_second_run(
     # One is cut off, one has another form, the JSON of one is younger: these are made again, and nothing else.
     first = (out / "a.safetensors").read_bytes()
     (out / "a.safetensors").write_bytes(first[:-5])
-    torch.save(torch.ones(3), out / "b.safetensors")
+    save_file({"embedding": torch.ones(2, 3)}, out / "b.safetensors")
     os.utime(pages / "c.json", ns=(times[out / "c.safetensors"] + 10**9,) * 2)
     assert encode(*arguments) == 0
     assert "3 pages, 6 regions -> " in (printed := capsys.readouterr().out) and "; 1 page kept from before" in printed
@@ -173,6 +173,38 @@ def test_a_page_that_cannot_be_decoded_does_not_stop_the_others(
     (pages / "b.png").write_bytes(whole)
     assert encode(encoder, pages, "-o", tmp_path / "emb") == 0
     assert "1 page, 2 regions" in capsys.readouterr().out
+
+
+def test_pages_without_a_row_or_with_broken_vectors_are_told_by_name(
+    encoder: Path, pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages share the batches of the tower, but one page's trouble is not another's."""
+    square = SquareRule().of_edge(32).shown(PIL.Image.open(pages / "b.png").crop((0, 6, 16, 54)))
+    broken = np.asarray(square).tobytes()
+    shown = CropFeatures.__call__
+
+    def features(self: CropFeatures, pixels: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        found = shown(self, pixels)
+        for place, one in enumerate(pixels):
+            (seen,) = self.family.view(one, self.spec)
+            if np.asarray(seen).tobytes() == broken:
+                found[place] = torch.nan
+        return found
+
+    monkeypatch.setattr(CropFeatures, "__call__", features)
+    assert encode(encoder, pages, "-o", tmp_path / "emb") == 3
+    printed = capsys.readouterr().out
+    # The first regions of all pages lie in one place, of pictures that differ.
+    assert "3 pages, 8 regions" in printed and "b.png: the vectors of region 1 hold NaN" in printed
+    monkeypatch.undo()
+    monkeypatch.setattr("vlmtune.embed.codebook.Codebook.nearest", lambda self, rows: none_of(rows))
+    assert encode(encoder, pages / "a.png", "-o", tmp_path / "a.pt") == 3
+    assert "a.png: no row is left" in capsys.readouterr().out
+    assert not (tmp_path / "a.pt").exists()
+
+
+def none_of(rows: torch.Tensor) -> Nearest:
+    return Nearest(torch.zeros(rows.shape[:-1], dtype=torch.long), torch.zeros(rows.shape[:-1]))
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ def test_a_page_from_end_to_end(file: Path, furnished: Callable[..., Path], tmp_
     boxes, picture = page_of(file, "e2e")
     page = read_page(boxes, picture, MediaOptions(exif="ignore"), encoder.features.rule)
     assert [list(region.size) for region in page.regions] == record["crop_sizes_in_order"] and not page.bad
-    cut = crops_of(page.open(), page.regions)
+    cut = list(crops_of(page.open(), page.regions))
     with torch.no_grad():
         features = encoder.features([encoder.features.pixels(crop) for crop in cut])
         torch.testing.assert_close(features[:1], expected["expected.visual_embed_first_region"], atol=FEATURES, rtol=0)
@@ -231,6 +231,19 @@ def test_a_page_from_end_to_end(file: Path, furnished: Callable[..., Path], tmp_
         assert main(arguments) == 0
     torch.testing.assert_close(load_file(tmp_path / "a.safetensors")["embedding"], rows, atol=ROWS, rtol=0)
     torch.testing.assert_close(torch.load(tmp_path / "a.pt", weights_only=True), rows, atol=ROWS, rtol=0)
+
+
+@pytest.mark.parametrize("file", records("e2e"))
+def test_a_page_in_bfloat16(file: Path, furnished: Callable[..., Path]) -> None:
+    """As many rows as the reference gives in bfloat16, and about as near to those of float32."""
+    record, expected = meta(file), beside(file, "_expected")["expected.embedding"]
+    encoder = RegionEncoder.open(furnished(file), dtype=torch.bfloat16)
+    boxes, picture = page_of(file, "e2e")
+    page = read_page(boxes, picture, MediaOptions(exif="ignore"), encoder.features.rule)
+    found = encoder.encode_page(page.open(), page.regions)
+    assert len(found) == record["bf16_rows"]
+    if found.shape == expected.shape:
+        assert float((found - expected).abs().max()) < 2 * record["bf16_max_abs_diff"]
 
 
 @pytest.mark.parametrize("file", records("e2e"))

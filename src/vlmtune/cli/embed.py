@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     _check_arguments(args)
     if args.model:
         environment.allow_network(args.model)
-    from vlmtune.embed.encoder import model_path, of_folder, tower_edge, with_options
+    from vlmtune.embed.encoder import of_folder, tower_edge, with_options
     from vlmtune.embed.folder import read_encoder
     from vlmtune.embed.pages import find_pages
     from vlmtune.embed.regions import SquareRule
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     found = find_pages(args.pages, args.json)
     device = choose_device(args.device)
     stored = read_encoder(args.encoder)
-    opened = open_folder(model_path(stored, args.model), _media(args))
+    opened = open_folder(stored.model_path(args.model), _media(args))
     stored.check_model(opened.folder.path)
     rule = stored.config.regions or SquareRule.of_edge(tower_edge(opened.family, opened.spec, opened.config))
     jobs, failed = _jobs(args, found, opened, rule)

@@ -92,6 +92,8 @@ class Codebook:
         return Codebook(normed, mu, sigma, where=where)
 
     def to(self, device: torch.device) -> Codebook:
+        if self.normed.device == self.mu.device == device:
+            return self
         return Codebook(self.normed.to(device), self.mu.to(device), self.sigma.to(device))
 
     @torch.no_grad()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from vlmtune.embed.codebook import PADDING_ID, Codebook, Nearest
 from vlmtune.embed.folder import EncoderFolder, read_encoder
 from vlmtune.embed.regions import Region, SquareRule
 from vlmtune.embed.resampler import PerceiverResampler
-from vlmtune.errors import DataError, UsageError, WeightsError
+from vlmtune.errors import DataError, WeightsError
 from vlmtune.infer.session import to_device
 from vlmtune.models.family import Family, OpenedFolder
 from vlmtune.models.load import load_model, open_folder
@@ -143,7 +144,7 @@ class RegionEncoder:
             WeightsError: files that cannot be read, do not belong together or to this model.
         """
         stored = read_encoder(Path(folder))
-        opened = model if isinstance(model, OpenedFolder) else open_folder(model_path(stored, model))
+        opened = model if isinstance(model, OpenedFolder) else open_folder(stored.model_path(model))
         stored.check_model(opened.folder.path)
         return of_folder(stored, opened, device=device, dtype=dtype)
 
@@ -160,18 +161,20 @@ class RegionEncoder:
         return self.encode_crops(crops_of(picture, regions)).rows
 
     @torch.no_grad()
-    def encode_crops(self, crops: Sequence[PIL.Image.Image]) -> EncodedRegions:
+    def encode_crops(self, crops: Iterable[PIL.Image.Image]) -> EncodedRegions:
         """The rows of regions that were cut out of their pages (RGB).
+
+        Args:
+            crops: taken one by one, and let go once they are pixels.
 
         Raises:
             DataError: no region; rows that are not finite (a half-precision model may overflow).
         """
-        if not crops:
-            raise DataError("no region to encode")
-        found = []
-        for start in range(0, len(crops), self.batch_size):
-            pixels = [self.features.pixels(crop) for crop in crops[start : start + self.batch_size]]
+        found, rest = [], iter(crops)
+        while pixels := [self.features.pixels(crop) for crop in itertools.islice(rest, self.batch_size)]:
             found.append(self.resampler(self.features(pixels)))
+        if not found:
+            raise DataError("no region to encode")
         rows = torch.cat(found)
         broken = (~rows.isfinite()).flatten(1).any(1).nonzero()
         if len(broken):
@@ -194,9 +197,9 @@ class RegionEncoder:
         )
 
 
-def crops_of(picture: PIL.Image.Image, regions: Sequence[Region]) -> list[PIL.Image.Image]:
-    """The regions cut out of their page."""
-    return [picture.crop(region.box) for region in regions]
+def crops_of(picture: PIL.Image.Image, regions: Iterable[Region]) -> Iterator[PIL.Image.Image]:
+    """The regions cut out of their page, one by one."""
+    return (picture.crop(region.box) for region in regions)
 
 
 def of_folder(
@@ -247,13 +250,3 @@ def with_options(
         hard_below=hard_below,
         batch_size=batch_size,
     )
-
-
-def model_path(stored: EncoderFolder, given: str | Path | None) -> str | Path:
-    path = given or stored.model_folder()
-    if path is None:
-        raise UsageError(
-            "the encoder does not say which model it was fitted for", where=str(stored.path),
-            remedy="Name it: --model DIR (in Python: model=DIR). For CalliReader's, that is InternVL2-8B's folder.",
-        )  # fmt: skip
-    return path

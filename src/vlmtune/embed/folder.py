@@ -18,10 +18,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from vlmtune.config.hub import HUB_ID
 from vlmtune.embed.codebook import PADDING_ID
 from vlmtune.embed.regions import SquareRule
 from vlmtune.embed.resampler import PerceiverResampler, ResamplerShape, load_resampler
-from vlmtune.errors import WeightsError
+from vlmtune.errors import UsageError, WeightsError
 from vlmtune.files import sha256, write_atomic
 from vlmtune.weights import pickles
 from vlmtune.weights.fingerprint import fingerprint
@@ -70,9 +71,29 @@ class EncoderFolder:
     normed: torch.Tensor | None
     sha256: str
 
-    def model_folder(self) -> Path | None:
-        """Where the model is that the encoder was fitted for; None if nothing says it."""
-        return None if self.config.model is None else self.path / Path(self.config.model).expanduser()
+    def model_path(self, given: str | Path | None = None) -> str | Path:
+        """The model to be used: folder or hub id; the one that the encoder was fitted for if none is given.
+
+        Raises:
+            UsageError: the encoder names none.
+            WeightsError: it is not where the encoder says.
+        """
+        if given is not None:
+            return given
+        if self.config.model is None:
+            raise UsageError(
+                "the encoder does not say which model it was fitted for", where=str(self.path),
+                remedy="Name it: --model DIR (in Python: model=DIR). For CalliReader's, that is InternVL2-8B's folder.",
+            )  # fmt: skip
+        folder = self.path / Path(self.config.model).expanduser()
+        if folder.is_dir():
+            return folder
+        if HUB_ID.fullmatch(self.config.model):
+            return self.config.model
+        raise WeightsError(
+            f"the model that the encoder was fitted for is not at {self.config.model}", where=str(self.path),
+            remedy="If it has moved, point to it: --model DIR (in Python: model=DIR).",
+        )  # fmt: skip
 
     def check_model(self, folder: Path) -> None:
         """

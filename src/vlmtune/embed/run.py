@@ -1,31 +1,33 @@
 """Pages -> embedding files: which pages there are, what is still to do, and what was done.
 
-An output is written beside its place and renamed, so one that is there is whole. It is kept if it has the form that
-would be written now, and neither its picture nor its JSON is younger. The settings of all outputs of a folder stand in
+An output is written beside its place and renamed, so one that is there is whole. It is kept if its rows have the
+width of the model, and neither its picture nor its JSON is younger. The settings of all outputs of a folder stand in
 `SETTINGS`; other settings are refused there rather than mixed.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import PIL.Image
 import torch
 from safetensors.torch import save
 
 from vlmtune.config.schema import MediaOptions
-from vlmtune.embed.encoder import EncodedRegions, RegionEncoder, crops_of
+from vlmtune.data.media import embedding
+from vlmtune.data.sample import MediaRef
+from vlmtune.embed.encoder import RegionEncoder, crops_of
 from vlmtune.embed.pages import Source
 from vlmtune.embed.regions import Page, SquareRule, at, read_page
-from vlmtune.errors import DataError, UsageError, WeightsError
+from vlmtune.errors import DataError, UsageError
 from vlmtune.files import write_atomic
 from vlmtune.progress import track
-from vlmtune.weights import pickles
-from vlmtune.weights.shards import dtype_name, read_header
 
 SETTINGS = "embed.json"
 TENSOR = "embedding"
@@ -79,7 +81,7 @@ def encode(jobs: Sequence[Job], encoder: RegionEncoder, dtype: torch.dtype, *, k
     outcome = Outcome()
     todo = []
     for job in jobs:
-        found = rows_of(job, encoder.codebook.dim, dtype) if keep else None
+        found = rows_of(job, encoder.codebook.dim) if keep else None
         if found is None:
             todo.append(job)
         else:
@@ -103,40 +105,40 @@ def _groups(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
 
 
 def _encode_group(group: Sequence[Job], encoder: RegionEncoder, dtype: torch.dtype, outcome: Outcome) -> None:
-    opened = []
-    for job in group:
-        try:
-            opened.append((job, crops_of(job.page.open(), job.page.regions)))
-        except DataError as error:
-            outcome.failed.append(str(error))
-    if not opened:
-        return
+    readable: list[Job] = []
     try:
-        parts = _encoded(opened, encoder)
-    except DataError as error:  # of one region; which page's, the pages tell one by one
-        if len(opened) == 1:
-            outcome.failed.append(str(at(error, opened[0][0].page.picture)))
-            return
-        for job, _ in opened:
-            _encode_group([job], encoder, dtype, outcome)
+        found = encoder.encode_crops(_crops(group, readable, outcome))
+    except DataError as error:
+        # Of one of the pages, or none can be read; which one, they tell one by one.
+        if len(readable) == 1:
+            outcome.failed.append(str(at(error, readable[0].page.picture)))
+        elif readable:
+            for job in readable:
+                _encode_group([job], encoder, dtype, outcome)
         return
-    for (job, crops), rows in zip(opened, parts, strict=True):
+    counts = iter(found.counts)
+    sizes = [sum(itertools.islice(counts, len(job.page.regions))) for job in readable]
+    for job, rows in zip(readable, found.rows.split(sizes), strict=True):
         try:
             write_rows(job.out, rows, dtype)
         except DataError as error:
             outcome.failed.append(str(at(error, job.page.picture)))
             continue
         outcome.rows[job.out] = len(rows)
-        outcome.regions += len(crops)
-        outcome.dropped += len(crops) * encoder.resampler.shape.num_learns - len(rows)
+        outcome.regions += len(job.page.regions)
+        outcome.dropped += len(job.page.regions) * encoder.resampler.shape.num_learns - len(rows)
 
 
-def _encoded(opened: Sequence[tuple[Job, Sequence[Any]]], encoder: RegionEncoder) -> list[torch.Tensor]:
-    """The rows of each page."""
-    found: EncodedRegions = encoder.encode_crops([crop for _, crops in opened for crop in crops])
-    counts = iter(found.counts)
-    sizes = [sum(next(counts) for _ in crops) for _, crops in opened]
-    return list(found.rows.split(sizes))
+def _crops(group: Sequence[Job], readable: list[Job], outcome: Outcome) -> Iterator[PIL.Image.Image]:
+    """The regions of pages, one page in memory at a time; those that can be decoded are noted in `readable`."""
+    for job in group:
+        try:
+            picture = job.page.open()
+        except DataError as error:
+            outcome.failed.append(str(error))
+            continue
+        readable.append(job)
+        yield from crops_of(picture, job.page.regions)
 
 
 def write_rows(out: Path, rows: torch.Tensor, dtype: torch.dtype) -> None:
@@ -161,7 +163,7 @@ def write_rows(out: Path, rows: torch.Tensor, dtype: torch.dtype) -> None:
     write_atomic(out, stream.getvalue())
 
 
-def rows_of(job: Job, dim: int, dtype: torch.dtype) -> int | None:
+def rows_of(job: Job, dim: int) -> int | None:
     """How many rows an output has that need not be written again; None if it must be."""
     if not job.out.is_file():
         return None
@@ -169,22 +171,10 @@ def rows_of(job: Job, dim: int, dtype: torch.dtype) -> int | None:
     if any(file.stat().st_mtime_ns > made for file in (job.page.picture, job.page.json)):
         return None
     try:
-        shape, found = _form(job.out)
-    except WeightsError:
+        width, count = embedding.shape(MediaRef(path=str(job.out.absolute())))
+    except DataError:
         return None
-    whole = len(shape) == 2 and shape[0] > 0 and shape[1] == dim and found == str(dtype).removeprefix("torch.")
-    return shape[0] if whole else None
-
-
-def _form(file: Path) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype of the tensor in an output, from its header where it has one."""
-    if file.suffix == ".safetensors":
-        infos = read_header(file)
-        if [info.name for info in infos] != [TENSOR]:
-            return (), ""
-        return infos[0].shape, dtype_name(infos[0].dtype)
-    held = pickles.load(file)
-    return (tuple(held.shape), str(held.dtype).removeprefix("torch.")) if isinstance(held, torch.Tensor) else ((), "")
+    return count if width == dim else None
 
 
 def claim(folder: Path, jobs: Sequence[Job], settings: Mapping[str, Any], *, overwrite: bool) -> None:

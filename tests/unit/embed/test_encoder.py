@@ -137,6 +137,14 @@ def test_an_encoder_is_read_as_it_was_written(tiny_folder: Callable[[str], Path]
     assert read_encoder(folder).sha256 != stored.sha256
     with pytest.raises(WeightsError, match="fitted for another model"):
         RegionEncoder.open(folder, tiny_folder("llava"))
+    (tmp_path / "moved").symlink_to(model)
+    for named, found in (("../moved", folder / "../moved"), ("Org/Model-2B", "Org/Model-2B"), (str(model), model)):
+        (folder / "config.json").write_text(json.dumps({**record, "model": named}))
+        assert read_encoder(folder).model_path() == found
+    (folder / "config.json").write_text(json.dumps({**record, "model": "/gone/model"}))
+    with pytest.raises(WeightsError, match="is not at /gone/model"):
+        RegionEncoder.open(folder)
+    assert read_encoder(folder).model_path("x") == "x"
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pt", "safetensors"])
