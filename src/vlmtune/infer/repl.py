@@ -5,32 +5,38 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmtune.config.schema import MediaOptions
 from vlmtune.data.rows.marks import joined
-from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text, Video
+from vlmtune.data.sample import Image, MediaRef, Message, Part, PseudoText, Sample, Text, Video
 from vlmtune.errors import DataError, VlmtuneError
 
 if TYPE_CHECKING:
     from vlmtune.infer.session import Session
 
 HELP = (
-    "/image PATH  add a picture to your next turn   /video PATH  add a video   /reset  start over   /quit  leave   "
-    "/help  these commands"
+    "/image PATH  add a picture to your next turn   /video PATH  add a video   /embedding PATH  add pseudo-text   "
+    "/reset  start over   /quit  leave   /help  these commands"
 )
+
+
+Medium = Image | Video | PseudoText
+
+MARK = "<embedding>"
+"""Where an embedding stands in a question."""
 
 
 @dataclass(slots=True)
 class Conversation:
-    """The turns so far and the pictures and videos that wait for the next one."""
+    """The turns so far and the pictures, videos and embeddings that wait for the next one."""
 
     session: Session
     max_new_tokens: int = 256
     messages: list[Message] = field(default_factory=list)
-    pending: list[Image | Video] = field(default_factory=list)
+    pending: list[Medium] = field(default_factory=list)
 
     def add_image(self, path: str | Path) -> None:
         """Put a picture into the next turn.
@@ -48,16 +54,22 @@ class Conversation:
         """
         self.pending.append(open_video(path, self.session.located.media))
 
+    def add_embedding(self, path: str | Path) -> None:
+        """Put a file of pseudo-text (`page.pt`, `store.safetensors#page`) into the next turn.
+
+        Raises:
+            DataError: no such file, or not a tensor (n, d); the conversation is as it was.
+        """
+        self.pending.append(open_embedding(path))
+
     def ask(self, text: str) -> Generator[str, None, None]:
         """The answer in pieces. The turn counts once the answer is complete; an interrupted one leaves no trace but
         keeps the pictures for another try.
 
         Raises:
-            DataError: the prompt cannot be encoded.
+            DataError: the prompt cannot be encoded; it has marks, but not one for each embedding.
         """
-        # Each on a line of its own, as rows have them; templates with a newline of their own take this one away.
-        shown = [part for medium in self.pending for part in (medium, Text("\n"))]
-        turn = Message("user", tuple(joined([*shown, Text(text)])))
+        turn = Message("user", tuple(joined(_content(self.pending, text))))
         sample = Sample(messages=(*self.messages, turn), origin="this conversation")
         answer = ""
         with closing(self.session.stream(sample, self.max_new_tokens)) as pieces:
@@ -70,6 +82,36 @@ class Conversation:
     def reset(self) -> None:
         self.messages.clear()
         self.pending.clear()
+
+
+def _content(media: Sequence[Medium], text: str) -> list[Part]:
+    """The question with the media: each on a line of its own in front, or embeddings where the text marks them."""
+    embeddings = [medium for medium in media if isinstance(medium, PseudoText)]
+    around = text.split(MARK) if embeddings else [text]
+    marked = len(around) > 1
+    if marked and len(around) - 1 != len(embeddings):
+        raise DataError(
+            f"the question says {MARK} {len(around) - 1} times, and {counted(embeddings)} would stand there",
+            expected=f"one {MARK} for each, or none: then they stand in front of the question",
+        )
+    # As rows have them; templates with a newline of their own take this one away.
+    in_front = [medium for medium in media if not (marked and isinstance(medium, PseudoText))]
+    parts: list[Part] = [part for medium in in_front for part in (medium, Text("\n"))]
+    for i, words in enumerate(around):
+        parts += [*([embeddings[i - 1]] if i else []), Text(words)]
+    return parts
+
+
+def open_embedding(path: str | Path) -> PseudoText:
+    """A file of pseudo-text as a part of a message, read once to be sure that it can be.
+
+    Raises:
+        DataError: with the path as `where`.
+    """
+    from vlmtune.data.media import embedding
+
+    file, key = embedding.split_name(str(path))
+    return PseudoText(replace(_tried(file, lambda ref: embedding.rows(replace(ref, key=key))), key=key))
 
 
 def open_picture(path: str | Path, options: MediaOptions) -> Image:
@@ -146,9 +188,14 @@ def _answer(text: str, conversation: Conversation, write: Callable[[str], None])
 
 def _command(line: str, conversation: Conversation, write: Callable[[str], None]) -> None:
     name, _, rest = line.partition(" ")
-    if name in ("/image", "/video"):
+    adding = {
+        "/image": conversation.add_image,
+        "/video": conversation.add_video,
+        "/embedding": conversation.add_embedding,
+    }
+    if name in adding:
         for path in _paths(rest):
-            (conversation.add_image if name == "/image" else conversation.add_video)(path)
+            adding[name](path)
         waiting = counted(conversation.pending)
         write(f"{waiting} in your next turn\n" if rest.strip() else f"usage: {name} PATH\n")
     elif name == "/reset":
@@ -160,10 +207,10 @@ def _command(line: str, conversation: Conversation, write: Callable[[str], None]
         write(f"there is no command {name}. {HELP}\n")
 
 
-def counted(pending: Sequence[Image | Video]) -> str:
+def counted(pending: Sequence[Medium]) -> str:
     """`2 pictures`, `1 picture and 1 video`."""
-    videos = sum(isinstance(part, Video) for part in pending)
-    numbers = {"picture": len(pending) - videos, "video": videos}
+    kinds = {"picture": Image, "video": Video, "embedding": PseudoText}
+    numbers = {what: sum(isinstance(part, kind) for part in pending) for what, kind in kinds.items()}
     found = [f"{number} {what}{'' if number == 1 else 's'}" for what, number in numbers.items() if number]
     return " and ".join(found)
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import PIL.Image
 import pytest
+from rows import write_embedding
 from videos import write_video
 
 from vlmtune.config.schema import MediaOptions
-from vlmtune.data.sample import Image, Sample, Text, Video
+from vlmtune.data.sample import Image, MediaRef, PseudoText, Sample, Text, Video
 from vlmtune.infer.repl import Conversation, converse
 
 
@@ -108,3 +109,31 @@ def test_videos_wait_beside_pictures(picture: Path, tmp_path: Path) -> None:
     assert "1 video in your next turn" in written and "1 picture and 2 videos in your next turn" in written
     assert "usage: /video PATH" in written
     assert len(complaints) == 1 and "a cat.png is not a video" in complaints[0]
+
+
+def test_embeddings_stand_at_their_marks_or_in_front(tmp_path: Path, picture: Path) -> None:
+    one, two = tmp_path / "one.pt", tmp_path / "all.safetensors"
+    write_embedding(one, 3, 8)
+    write_embedding(two, 2, 8, key="page#2")
+    first, second = f"/embedding {one}", f"/embedding {two}#page#2"
+    parrot, written, complaints = talk(
+        first, second, f"/image {picture}", "<embedding> and <embedding>?", "<embedding>"
+    )
+    a, b = (PseudoText(MediaRef(path=str(path), key=key)) for path, key in ((one, None), (two, "page#2")))
+    shown = Image(MediaRef(path=str(picture)))
+    assert not complaints and "1 picture and 2 embeddings in your next turn" in written
+    assert parrot.asked[0].messages[0].parts == (shown, Text("\n"), a, Text(" and "), b, Text("?"))
+    assert parrot.asked[1].messages[-1].parts == (Text("<embedding>"),), "none waits, so it is text"
+    parrot, _, _ = talk(first, f"/image {picture}", "what?")
+    assert parrot.asked[0].messages[0].parts == (a, Text("\n"), shown, Text("\nwhat?"))
+
+
+def test_embeddings_that_are_refused(tmp_path: Path) -> None:
+    write_embedding(tmp_path / "a.pt", 3, 8)
+    (tmp_path / "b.pt").write_text("no tensor here")
+    add = f"/embedding {tmp_path}/"
+    parrot, _, complaints = talk(f"{add}gone.pt", f"{add}b.pt", f"{add}a.pt", "<embedding> <embedding>", "<embedding>")
+    assert len(complaints) == 3 and all("\n" not in one for one in complaints)
+    assert "gone.pt cannot be opened" in complaints[0] and "b.pt begins with b'no tensor'" in complaints[1]
+    assert "the question says <embedding> 2 times, and 1 embedding would stand there; expected one" in complaints[2]
+    assert [len(sample.messages[-1].parts) for sample in parrot.asked] == [1]

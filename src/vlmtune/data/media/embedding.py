@@ -72,6 +72,12 @@ def rows(ref: MediaRef, size: tuple[int, int] | None = None) -> torch.Tensor:
     return found
 
 
+def split_name(name: str) -> tuple[str, str | None]:
+    """`store.safetensors#page/7` -> its file and the name of the tensor in it; other names as they are, and None."""
+    file, hash_, key = name.partition(".safetensors#")
+    return (file + ".safetensors", key) if hash_ else (name, None)
+
+
 def name_of(ref: MediaRef) -> str:
     """What messages call it: `page.pt`, `store.safetensors#page-7`."""
     return pictures.name_of(ref) + (f"#{ref.key}" if ref.key is not None else "")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from vlmtune.data.media.embedding import split_name
 from vlmtune.data.rows.formats import Row, cut, entry, kind_of, shown
 from vlmtune.data.sample import Box, BoxUnit, Image, MediaRef, Part, PseudoText, Role, Text, Video
 from vlmtune.errors import DataError
@@ -125,9 +126,8 @@ class Media:
             else:
                 name = next((value[key] for key in ("path", "url", kind) if isinstance(value.get(key), str)), value)
         key = None
-        if kind == "embedding" and isinstance(name, str) and ".safetensors#" in name:
-            name, _, key = name.rpartition(".safetensors#")
-            name += ".safetensors"
+        if kind == "embedding" and isinstance(name, str):
+            name, key = split_name(name)
         if isinstance(name, str):
             name = self._locate(name)
         if not isinstance(name, MediaRef):
