@@ -7,15 +7,21 @@ records' README.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import golden
 import pytest
 import torch
+from conversations import opened, with_counts
 from furnished import furnish, official_grads
+from rows import write_embedding, write_picture
 from safetensors.torch import load_file
+from transformers import LlamaConfig
 
+from vlmtune.data.encode import RESERVED, encode
+from vlmtune.data.sample import Encoded, Image, Message, Part, PseudoText, Sample, Text
 from vlmtune.infer.session import load
 from vlmtune.models.internvl.config import decoder_heads
 from vlmtune.models.internvl.weights import official_table
@@ -143,6 +149,26 @@ def test_the_rows_of_one_batch_are_gone_in_the_next(name: str, model: Any) -> No
     with_rows = compute(model, inputs).logits
     assert not torch.equal(before, with_rows)
     assert torch.equal(compute(model, plain).logits, before)
+
+
+@pytest.mark.parametrize("style", ["official", "xtuner"])
+@pytest.mark.parametrize("around", [("请读 ", " 这些字。"), ("Read ", "and tell"), ("", "  two"), ("x\n", "\n\ny")])
+def test_ids_are_those_of_callireaders_text(style: str, around: tuple[str, str], tmp_path: Path) -> None:
+    """With InternLM2's own tokenizer: its text with the reserved token repeated, read as text, gives the same ids."""
+    folder = with_counts(opened("internlm2", "internlm2-chat", tmp_path / "folder", style=style), (3,))
+    folder = replace(folder, config=LlamaConfig(hidden_size=64))
+    picture = Image(write_picture(tmp_path, (40, 30)))
+    file = PseudoText(write_embedding(tmp_path / "a.pt", 4, 64))
+
+    def ids(*question: Part) -> Encoded:
+        answer = Message("assistant", (Text("春"),))
+        return encode(Sample(messages=(Message("user", question), answer), origin="o"), folder)
+
+    before, after = around
+    found = ids(picture, Text("\n" + before), file, Text(after))
+    text = ids(picture, Text(f"\n{before}{RESERVED * 4}{after}"))
+    assert found.input_ids.tolist() == text.input_ids.tolist()
+    assert set(found.input_ids[found.at_pseudo_text]) == set(folder.tokenizer.encode(RESERVED)[-1:])
 
 
 def test_something_ran() -> None:

@@ -220,8 +220,8 @@ def _neutral_id(opened: OpenedFolder) -> int:
     (plan,) = opened.family.plan([(32, 32)], opened.spec, [0])
     ids, slots = opened.family.span_ids(plan, opened.spec)
     tokenizer = opened.tokenizer
-    reserved = tokenizer.get_vocab().get(RESERVED)
-    for candidate in (reserved, tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id):
+    reserved = tokenizer.convert_tokens_to_ids(RESERVED)  # the unknown token, or None, where there is none
+    for candidate in (reserved, tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None and candidate not in ids[slots]:
             return int(candidate)
     return next(number for number in range(len(ids) + 1) if number not in ids)

@@ -53,7 +53,12 @@ def rows(ref: MediaRef, size: tuple[int, int] | None = None) -> torch.Tensor:
     Raises:
         DataError: as `shape`; another shape than `size`; NaN or infinity in it.
     """
-    tensor = _tensor(ref)
+    return load(ref, size).float()
+
+
+def load(ref: MediaRef, size: tuple[int, int] | None = None) -> torch.Tensor:
+    """As `rows`, in the numbers of the file."""
+    tensor = _tensor(ref).detach()
     now = _shape(tensor, ref)
     if size is not None and size != now:
         raise DataError(
@@ -61,15 +66,14 @@ def rows(ref: MediaRef, size: tuple[int, int] | None = None) -> torch.Tensor:
             "was planned",
             remedy="Do not change the data during a run.",
         )
-    found = tensor.detach().float()
-    bad = (~found.isfinite()).any(1).nonzero().flatten()
+    bad = (~tensor.float().isfinite()).any(1).nonzero().flatten()
     if len(bad):
         raise DataError(
-            f"the embedding {name_of(ref)} has NaN or infinity in {len(bad):,} of its {len(found):,} rows, the first "
+            f"the embedding {name_of(ref)} has NaN or infinity in {len(bad):,} of its {len(tensor):,} rows, the first "
             f"being row {int(bad[0]) + 1:,}",
             remedy="Make it again, or take the row out.",
         )
-    return found
+    return tensor
 
 
 def split_name(name: str) -> tuple[str, str | None]:
