@@ -28,7 +28,7 @@ VERBS = (
     "quickstart", "init", "embed", "check", "preview", "prepare", "train", "eval", "export", "assemble", "chat", "info",
 )  # fmt: skip
 
-SUBVERBS = {("embed", "fit"): "embed_fit"}
+SUBVERBS = {("embed", "fit"): "embed_fit", ("embed", "gather"): "embed_gather"}
 """Two words that are a verb of their own -> its module."""
 
 EXIT_CODES = "exit codes: 0 done, 2 usage or configuration, 3 data, 4 weights, 1 anything else"
