@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -220,7 +220,7 @@ def _neutral_id(opened: OpenedFolder) -> int:
     (plan,) = opened.family.plan([(32, 32)], opened.spec, [0])
     ids, slots = opened.family.span_ids(plan, opened.spec)
     tokenizer = opened.tokenizer
-    reserved = tokenizer.convert_tokens_to_ids(RESERVED)  # the unknown token, or None, where there is none
+    reserved: Any = tokenizer.convert_tokens_to_ids(RESERVED)  # the unknown token, or None, where there is none
     for candidate in (reserved, tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None and candidate not in ids[slots]:
             return int(candidate)
