@@ -57,6 +57,6 @@ def _write_official(opened: OpenedFolder, out: Path) -> list[str]:
     if records.code(kept):
         return []
     return [
-        "the base has no official Python files; official code must be copied from a model repository, while LMDeploy "
-        "brings its own"
+        "the base has no official Python files; to load the folder with the official code, copy them from a model "
+        "repository"
     ]
