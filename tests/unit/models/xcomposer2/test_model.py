@@ -103,17 +103,14 @@ def pad(tensor: torch.Tensor, like: torch.Tensor, value: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", [SQUARE, TILED])
 def test_beams_keep_the_pictures_of_their_row(kind: bool) -> None:
-    """The best beams of a batch are those of its rows by themselves."""
     made, given = model(kind), inputs(kind)
-    settings = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3, "eos_token_id": None}
-    together = made.generate(**given, **settings)
-    tiles = [2, 3, 2] if kind else [1, 1, 1]
-    pixels = given["pixel_values"].split([sum(tiles[:2]), tiles[2]])
-    grids = given["tile_grids"].split([2, 1]) if kind else (None, None)
-    for row in range(2):
-        alone = {name: given[name][row : row + 1] for name in ("input_ids", "mm_token_type_ids", "attention_mask")}
-        shown = {"pixel_values": pixels[row]} | ({"tile_grids": grids[row]} if kind else {})
-        assert torch.equal(made.generate(**alone, **shown, **settings)[0], together[row])
+    rest = {name: value for name, value in given.items() if name != "input_ids"}
+    ids, more = made._expand_inputs_for_generation(3, input_ids=given["input_ids"], **rest)
+    with torch.no_grad():
+        wanted = made(**given).logits.repeat_interleave(3, dim=0)
+        assert torch.allclose(made(input_ids=ids, **more).logits, wanted, atol=1e-5)
+    settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": 3}
+    assert made.generate(**given, **settings).shape == (2, given["input_ids"].shape[1] + 3)
 
 
 def test_pictures_matter_and_partial_lora_with_them() -> None:
