@@ -176,7 +176,7 @@ def _with_adapter(model: PreTrainedModel, opened: OpenedFolder, tuning: LoraTuni
     )
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
-        if idle and ".modules_to_save." in name and idle.search(name):
+        if idle and ".modules_to_save." in name and idle.search(native_name(name)):
             parameter.requires_grad_(False)
     return wrapped
 
