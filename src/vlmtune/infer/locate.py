@@ -22,6 +22,10 @@ RUN_FILE = "run.yaml"
 BEST_FILE = "best.json"
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
+_OPENED_WITH_BASE = (
+    " On InternLM-XComposer2, whose own layers have these names, it is opened as it is once its base is there: "
+    "--base DIR (in Python: base=DIR)."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +91,10 @@ def locate(
 def _foreign(path: Path, kind: Kind, base: str | Path | None, *, welcome: bool) -> Located:
     """A checkpoint of another trainer; what it names as its base is a path on the machine of its training."""
     if not welcome:
+        opened = kind == "peft" and base is None
         raise UsageError(
             f"this is {WORDS[kind]}", where=str(path), expected="a model folder, an adapter, or a run folder",
-            remedy=EXPORT_FIRST,
+            remedy=EXPORT_FIRST + (_OPENED_WITH_BASE if opened else ""),
         )  # fmt: skip
     if kind == "unmerged" and base is not None:
         raise UsageError("--base was given, but this checkpoint holds the whole model", where=str(path))
