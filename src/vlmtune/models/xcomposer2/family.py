@@ -72,7 +72,8 @@ class XComposer2Family:
         return NATIVE if folders.conventions(folder) is None else OFFICIAL
 
     def install(self, model: PreTrainedModel) -> None:
-        del model
+        if model.generation_config is not None:  # from official folders' config.json, where it is a row's in training
+            model.generation_config.max_length = None
 
     def companions(self, folder: ModelFolder) -> Mapping[str, bytes]:
         return folders.companions(folder)

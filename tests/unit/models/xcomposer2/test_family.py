@@ -84,3 +84,26 @@ def test_a_wrong_field_of_the_config_is_said(field: str, value: object, tmp_path
     (folder / "config.json").write_text(json.dumps({**config, field: value}), encoding="utf-8")
     with pytest.raises(WeightsError, match=field):
         open_folder(folder)
+
+
+def test_official_exports_say_how_many_tiles_the_model_was_trained_with(tmp_path: Path) -> None:
+    """The publisher's scripts keep `hd_num` nowhere; 16, their page's, is written nowhere either."""
+    folder = furnish(RECORDS / "hd4k", tmp_path / "hd4k")
+    assert open_folder(folder).spec.max_tiles == 16
+    export(folder, tmp_path / "plain", layout="official")
+    assert json.loads((tmp_path / "plain" / "config.json").read_bytes()) == json.loads(
+        (folder / "config.json").read_bytes()
+    )
+    said = {**json.loads((folder / "config.json").read_bytes()), "vlmtune": {"max_tiles": 4}}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    for layout in ("native", "official"):
+        export(folder, tmp_path / layout, layout=layout)
+        assert open_folder(tmp_path / layout).spec.max_tiles == 4
+
+
+def test_the_length_of_training_rows_is_no_limit_of_answers(tmp_path: Path) -> None:
+    folder = furnish(RECORDS / "vl", tmp_path / "vl")
+    assert "max_length" in json.loads((folder / "config.json").read_bytes())
+    model = load_model(open_folder(folder))
+    assert model.generation_config is not None and model.generation_config.max_length is None
