@@ -26,10 +26,10 @@ from transformers import (
 from vlmtune.config.schema import ChatStyle, ImageOptions, MediaOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
 from vlmtune.models import native
-from vlmtune.models.auto import AutoFamily
+from vlmtune.models.auto import AutoFamily, conventions
 from vlmtune.models.auto.family import open_image_processor
 from vlmtune.models.auto.pictures import AutoSpec
-from vlmtune.models.family import NATIVE, ChatFormat, Components, ModelFolder, OpenedFolder
+from vlmtune.models.family import NATIVE, BoxFormat, ChatFormat, Components, ModelFolder, OpenedFolder
 from vlmtune.models.llava import chat, folders, pictures
 from vlmtune.models.llava.config import LLAVA, RECORD, XTUNER
 from vlmtune.models.llava.pictures import Habits, LlavaSpec
@@ -129,6 +129,11 @@ class LlavaFamily(AutoFamily):
         mark = str(tokenizer.convert_ids_to_tokens(spec.placeholder_id))
         return probe(tokenizer, template, mark, text, place=str(folder.path))
 
+    def boxes(self, folder: ModelFolder) -> BoxFormat:
+        """In every layout as LLaVA's training mix, on which XTuner's models train too, writes them."""
+        del folder
+        return conventions.boxes(LlavaConfig.model_type)
+
     def lays_end_to_end(self, spec: Spec) -> bool:
         return isinstance(spec, LlavaSpec)
 
@@ -181,9 +186,7 @@ def _record(folder: ModelFolder, spec: Spec) -> dict[str, Any]:
 def _habits(folder: ModelFolder) -> Habits:
     """What was recorded, and for the rest how the trainer that the folder comes from shows pictures."""
     origin = folders.origin(folder)
-    if (
-        origin == XTUNER
-    ):  # `pad_image_to_square` in all configurations of AuroraCap; its width and height never matter then
+    if origin == XTUNER:  # all configurations of AuroraCap have `pad_image_to_square`; where one has not, it swaps
         return pictures.habits_of(folder.config, Habits(fit="pad_square", swap_sides=True))
     if origin == LLAVA:
         padded = folders.parts(folder).language.get("image_aspect_ratio") == "pad"

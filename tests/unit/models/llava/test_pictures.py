@@ -112,6 +112,12 @@ def test_one_patch_is_nothing_for_siglip() -> None:
         spec_of(SIGLIP, size=14)
 
 
+def test_slow_fast_without_merging_is_refused() -> None:
+    with pytest.raises(ConfigError, match="has no effect: this model merges no tokens"):
+        spec_of(fit="pad_square", slow_fast=True)
+    assert spec_of(fit="pad_square", slow_fast=True, token_merge_ratio=1.0).ratio == 1, "one source beside merged ones"
+
+
 def test_several_feature_layers_and_other_processors_are_refused() -> None:
     media = MediaOptions(image=ImageOptions(token_merge_ratio=0.5))
     with pytest.raises(ConfigError, match="different numbers of tokens"):
@@ -121,10 +127,12 @@ def test_several_feature_layers_and_other_processors_are_refused() -> None:
 
 
 def test_what_is_recorded_is_what_is_read_again() -> None:
-    for options in ({"token_merge_ratio": 0.3}, {"fit": "keep_aspect", "swap_sides": True}, {"fit": "pad_square"}):
-        spec = spec_of(slow_fast=True, **options)
-        habits = pictures.habits_of({"vlmtune": pictures.record_of(spec)}, Habits())
-        assert llava_spec(config(), spec.image_processor, habits, MediaOptions()) == spec
+    own_shape: list[dict[str, Any]] = [{"fit": "keep_aspect", "swap_sides": swaps} for swaps in (True, False)]
+    for options in ({"token_merge_ratio": 0.3}, {"fit": "pad_square"}, *own_shape):
+        spec = spec_of(slow_fast="token_merge_ratio" in options, **options)
+        for fallback in (Habits(), Habits(fit="pad_square", swap_sides=True)):
+            habits = pictures.habits_of({"vlmtune": pictures.record_of(spec)}, fallback)
+            assert llava_spec(config(), spec.image_processor, habits, MediaOptions()) == spec
     assert pickle.loads(pickle.dumps(spec)).ratio == spec.ratio
 
 
