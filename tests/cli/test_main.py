@@ -254,9 +254,7 @@ def test_a_reader_that_goes_away_is_no_error(say: str) -> None:
         "def run(args):\n"
         f"    for _ in range(20_000): {say}('line')\n"
         "    return 0\n"
-        "init.run = run; sys.argv = ['vlmtune', 'init']\n"
-        + ("os.dup2(1, 2)\n" if "stderr" in say else "")
-        + "entry()"
+        "init.run = run; sys.argv = ['vlmtune', 'init']\n" + ("os.dup2(1, 2)\n" if "stderr" in say else "") + "entry()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
