@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from vlmtune.errors import WeightsError
 from vlmtune.files import read_json, write_json
-from vlmtune.models import native
+from vlmtune.models import native, sentencepiece
 from vlmtune.models.family import NATIVE, ModelFolder, OpenedFolder
 from vlmtune.models.llava import config as configs
 from vlmtune.models.llava import pictures
@@ -32,6 +32,7 @@ from vlmtune.weights.shards import Shards
 
 RECORD = "llava.json"
 IMAGE = "<image>"
+_LLAMA = (None, "LlamaTokenizer", "LlamaTokenizerFast")
 _ROUND = 64  # transformers' conversion of LLaVA pads the vocabulary to multiples of this
 _AS_TRANSFORMERS = {"token_merge_ratio": 1.0, "fit": None, "slow_fast": False}
 _FITS = {XTUNER: "pad_square", LLAVA: "pad_square"}
@@ -143,6 +144,11 @@ def open_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
 
 
 def _plain_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
+    """From tokenizer.json; of Llama's folders (Vicuna's) that have none, from their SentencePiece model."""
+    if not (folder.path / "tokenizer.json").is_file() and (folder.path / sentencepiece.FILE).is_file():
+        settings = sentencepiece.read_settings(folder.path)
+        if settings.get("tokenizer_class") in _LLAMA:
+            return sentencepiece.build(folder.path, settings)
     official = layout(folder) == LLAVA
     kind = configs.causal(folder.config, where=str(folder.path))["model_type"] if official else None
     return native.open_tokenizer(folder, kind=kind)

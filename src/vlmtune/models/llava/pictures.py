@@ -274,7 +274,8 @@ def _shape(size: Size, spec: LlavaSpec) -> tuple[Size | None, Size]:
             f"the picture is {size[0]}×{size[1]}: one side is over {_LONGEST} times the other",
             remedy="With `fit: keep_aspect` so long a picture has too many patches; crop it, or set fit: pad_square.",
         )
-    width, height = cuts.to_shortest_edge(size, edge)
+    scale = edge / min(size)  # rounded as in AuroraCap's loader: the shorter side may fall one short, of 55 for 56
+    width, height = int(size[0] * scale), int(size[1] * scale)
     if spec.swap_sides:
         width, height = height, width
     return (width, height), (_up(width, spec.patch), _up(height, spec.patch))
@@ -345,7 +346,7 @@ def _fitted(picture: PIL.Image.Image, plan: MediaPlan, spec: LlavaSpec) -> PIL.I
     height, width, _ = plan.layout
     if plan.resized is None or plan.resized == (width, height):
         return picture
-    canvas = PIL.Image.new("RGB", (width, height))  # black at the right and at the bottom
+    canvas = PIL.Image.new("RGB", (width, height))  # black at the right and at the bottom, before the colours change
     canvas.paste(picture.resize(plan.resized, spec.image_processor.resample))
     return canvas
 

@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 from rows import conversation, write_picture
 from transformers import LlavaConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from videos import write_video
@@ -81,6 +83,23 @@ def test_a_picture_keeps_its_shape() -> None:
     assert twisted.resized == (56, 93) and twisted.layout == (98, 56, 0)
     with pytest.raises(DataError, match="over 200 times"):
         pictures.plan([(1, 201)], spec)
+
+
+def test_what_is_beside_a_picture_is_black_as_the_tower_sees_black() -> None:
+    """AuroraCap's loader adds rows and columns to the picture, before its colours are brought to the tower's."""
+    spec = spec_of(fit="keep_aspect")
+    for size in ((55, 73), (100, 60)):
+        (plan,) = pictures.plan([size], spec)
+        scale = 56 / min(size)  # 55 × (56 / 55) is a little less than 56, and is rounded down
+        seen = int(size[0] * scale), int(size[1] * scale)
+        assert plan.resized == seen and (55 in seen) == (size == (55, 73))
+        picture = PIL.Image.effect_noise(size, 80).convert("RGB")
+        whole = np.zeros((*plan.layout[:2], 3), np.float32)
+        whole[: seen[1], : seen[0]] = np.asarray(picture.resize(seen, PIL.Image.Resampling.BICUBIC))
+        mean, std = (np.array(values, np.float32) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        wanted = torch.from_numpy((whole / 255 - mean) / std).permute(2, 0, 1)
+        found = pictures.pixels(picture, plan, spec)["pixel_values"]
+        torch.testing.assert_close(found, pictures.as_patches(wanted, 14, 0)["pixel_values"], rtol=0, atol=1e-5)
 
 
 def test_a_size_of_ones_own() -> None:
