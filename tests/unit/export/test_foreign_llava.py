@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,6 +39,27 @@ def trained(*parts: str) -> dict[str, torch.Tensor]:
 def write(tensors: Mapping[str, torch.Tensor], file: Path) -> Path:
     torch.save({"state_dict": dict(tensors), "meta": {"cfg": "model = dict(type='AuroraModel')"}}, file)
     return file
+
+
+def write_zero(tensors: Mapping[str, torch.Tensor], folder: Path) -> Path:
+    """The folder that DeepSpeed's ZeRO-2 writes in two ranks: 16-bit weights, and float32 ones in equal parts."""
+    folder.mkdir()
+    shapes = OrderedDict((name, tensor.shape) for name, tensor in tensors.items())
+    state = {
+        "module": {name: tensor.bfloat16() for name, tensor in tensors.items()},
+        "buffer_names": [],
+        "param_shapes": [shapes],
+        "frozen_param_shapes": {},
+        "frozen_param_fragments": {},
+        "shared_params": {},
+    }
+    torch.save(state, folder / "mp_rank_00_model_states.pt")
+    line = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    line = torch.cat([line, line.new_zeros(-len(line) % 4)])
+    for rank, part in enumerate(line.chunk(2)):
+        held = {"zero_stage": 2, "partition_count": [2], "single_partition_of_fp32_groups": [part.clone()]}
+        torch.save({"optimizer_state_dict": held}, folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return folder
 
 
 def expected(base: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -76,6 +98,16 @@ def test_a_pickle_holds_what_was_not_frozen(parts: tuple[str, ...], base: Path, 
     }
     assert result.counts["replaced"] == len([name for name in tensors if not name.endswith("pos_emb")])
     assert (tmp_path / "out" / "projector" / "modeling_projector.py").is_file()
+
+
+@pytest.mark.parametrize("parts", [("projector",), ("visual_encoder", "projector")], ids="+".join)
+def test_a_zero_folder_holds_what_was_not_frozen(parts: tuple[str, ...], base: Path, tmp_path: Path) -> None:
+    """In float32, to the bit: not the 16-bit copies beside."""
+    tensors = trained(*parts)
+    result = export(write_zero(tensors, tmp_path / "iter_9.pth"), tmp_path / "out", base=base)
+    assert result.layout == "xtuner" and all(one.holds for one in result.comparisons)
+    assert any("the language component" in note for note in result.notes)
+    assert_holds(tmp_path / "out", expected(base, tensors))
 
 
 def test_the_base_may_be_a_native_folder(base: Path, tmp_path: Path) -> None:
