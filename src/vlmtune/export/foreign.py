@@ -151,7 +151,7 @@ def _lay_out(located: Located, parts: Parts, own: Path | None, room: Path, names
     if own is None:
         raise UsageError(
             f"this is {WORDS[located.foreign or 'pickle']}, which holds no config.json and no tokenizer",
-            where=str(located.path), remedy="Point to the official folder that it was trained on: --base DIR.",
+            where=str(located.path), remedy="Point to the folder of the model that it was trained on: --base DIR.",
         )  # fmt: skip
     infos = {name: replace(place.info, name=name) for name, place in parts.whole.items()}
     check_fit(parts, infos, base_folder=own)

@@ -142,3 +142,10 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"adapter_config\.json: cannot be read"):
         locate(folder)
+
+
+def test_a_foreign_checkpoint_asks_for_the_model_whosoever_it_is(tmp_path: Path) -> None:
+    """InternVL's base is an official folder, LLaVA's one of XTuner; the name of a file tells neither."""
+    (tmp_path / "iter_5.pth").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"Point to that model's folder, as it was before the training: --base DIR"):
+        locate(tmp_path / "iter_5.pth", foreign=True)
