@@ -154,6 +154,12 @@ def test_a_folder_without_a_part_is_refused(lost: str, base: Path, tmp_path: Pat
     from vlmtune.models.load import open_folder
 
     shutil.copytree(base, tmp_path / "folder")
+    config = tmp_path / "folder" / lost / "config.json"
+    for text, reason in (("{", "is not JSON"), ("[]", "holds a list; expected a JSON object")):
+        config.write_text(text)
+        with pytest.raises(WeightsError, match=reason) as caught:
+            open_folder(tmp_path / "folder")
+        assert str(caught.value).startswith(f"{config}: ")
     shutil.rmtree(tmp_path / "folder" / lost)
     with pytest.raises(WeightsError, match=f"there is no {lost}/ with a config.json in it") as caught:
         open_folder(tmp_path / "folder")

@@ -41,6 +41,11 @@ from vlmtune.weights.layout import WeightTable
 
 Spec = AutoSpec | LlavaSpec
 
+_OTHER_PROMPT = (
+    "this layout has no chat template: whoever opens it, this program too, asks in Vicuna's words as XTuner and LLaVA do, "
+    "and not in those of the template that this model has been used with; a native export keeps it"
+)
+
 
 class LlavaFamily(AutoFamily):
     name = "llava"
@@ -96,7 +101,8 @@ class LlavaFamily(AutoFamily):
     def write_files(self, opened: OpenedFolder, layout: str, out: Path) -> list[str]:
         if isinstance(opened.spec, AutoSpec) and layout == NATIVE:
             return super().write_files(opened, layout, out)
-        return folders.write_files(opened, layout, out, _record(opened.folder, opened.spec))
+        notes = folders.write_files(opened, layout, out, _record(opened.folder, opened.spec))
+        return notes if layout == NATIVE or _speaks_vicuna(opened.folder) else [*notes, _OTHER_PROMPT]
 
     def components(self, folder: ModelFolder) -> Components:
         if folders.layout(folder) == NATIVE:
