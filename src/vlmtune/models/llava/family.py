@@ -42,7 +42,7 @@ from vlmtune.weights.layout import WeightTable
 Spec = AutoSpec | LlavaSpec
 
 _OTHER_PROMPT = (
-    "this layout has no chat template: whoever opens it, this program too, asks in Vicuna's words as XTuner and LLaVA do, "
+    "this layout has no chat template: who opens it, this program too, asks in Vicuna's words as XTuner and LLaVA do, "
     "and not in those of the template that this model has been used with; a native export keeps it"
 )
 
