@@ -116,11 +116,11 @@ def products(ratio: float, sizes: Sizes, text: float) -> tuple[float, float]:
     return float(tower), 3.0 * (4 * seen * d**2 + decoder)
 
 
-def config_for(folder: Path, ratio: float | None, rows: int, *, start: str, steps: int, rate: float) -> RunConfig:
-    """A run of `steps` steps from the model folder `start`, with its own pictures (None) or merged ones."""
+def config_for(folder: Path, ratio: float, rows: int, *, start: str, steps: int, rate: float) -> RunConfig:
+    """A run of `steps` steps from the model folder `start`; a ratio of 1 merges nothing."""
     rows_file = {"path": str(folder / "digits.train.json")}
     train = {
-        "output_dir": str(folder / f"run-{ratio}"),
+        "output_dir": str(folder / f"run-{start}-{ratio}"),
         "epochs": 1000,
         "max_steps": steps,
         "global_batch_size": rows,
@@ -234,7 +234,7 @@ def predict(cases: list[Case], sizes: Sizes) -> list[float]:
 def train_all(cases: list[Case], folder: Path, options: argparse.Namespace) -> None:
     """The shared base without merging; then each ratio from there, measured before and after."""
     steps = BASE_SHARE * options.steps
-    base = config_for(folder, None, options.rows, start="model", steps=steps, rate=BASE_RATE)
+    base = config_for(folder, 1.0, options.rows, start="model", steps=steps, rate=BASE_RATE)
     print(f"\n{steps} steps without merging, {BASE_RATE:g} at the peak; then {options.steps} at each ratio, {RATE:g}")
     vlmtune.export(vlmtune.train(base).run_dir, folder / "base")
     for case in cases:

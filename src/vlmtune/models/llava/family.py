@@ -9,6 +9,7 @@ end to end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,9 +100,11 @@ class LlavaFamily(AutoFamily):
         return folders.companions(folder)
 
     def write_files(self, opened: OpenedFolder, layout: str, out: Path) -> list[str]:
-        if isinstance(opened.spec, AutoSpec) and layout == NATIVE:
-            return super().write_files(opened, layout, out)
-        notes = folders.write_files(opened, layout, out, _record(opened.folder, opened.spec))
+        record = _record(opened.folder, opened.spec)
+        if isinstance(opened.spec, AutoSpec) and layout == NATIVE and not record:
+            plain = pictures.as_plain(_habits(opened.folder), opened.media) or opened.media
+            return super().write_files(replace(opened, media=plain), layout, out)
+        notes = folders.write_files(opened, layout, out, record)
         return notes if layout == NATIVE or _speaks_vicuna(opened.folder) else [*notes, _OTHER_PROMPT]
 
     def components(self, folder: ModelFolder) -> Components:
@@ -184,8 +187,11 @@ def _speaks_vicuna(folder: ModelFolder) -> bool:
 
 
 def _record(folder: ModelFolder, spec: Spec) -> dict[str, Any]:
-    """What config.json keeps for later runs."""
+    """What config.json keeps for later runs: {} where the folder says already how pictures are seen."""
+    own = folder.config.get(RECORD) or {}
     record = pictures.record_of(spec) if isinstance(spec, LlavaSpec) else {}
+    if isinstance(spec, AutoSpec) and own.get("token_merge_ratio", 1) != 1:  # 1 is asked for, and the folder merges
+        record = {**own, "token_merge_ratio": 1.0}
     return {**record, "chat": chat.VICUNA} if _speaks_vicuna(folder) else record
 
 

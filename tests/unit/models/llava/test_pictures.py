@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from vlmtune.data.collate import collate
 from vlmtune.data.encode import encode
 from vlmtune.data.sample import MediaRef, Message, Sample, Text, Video
 from vlmtune.errors import ConfigError, DataError
+from vlmtune.export.write import export
+from vlmtune.files import write_json
 from vlmtune.models.auto.pictures import AutoSpec
 from vlmtune.models.llava import pictures
 from vlmtune.models.llava.pictures import Habits, LlavaSpec, llava_spec
@@ -166,6 +169,24 @@ def test_merging_is_chosen_for_a_plain_folder(tiny_folder: Callable[[str], Path]
     with pytest.raises(ConfigError, match="merges no tokens") as refused:
         open_folder(folder, MediaOptions(video=VideoOptions(slow_fast=True)))
     assert refused.value.where == "model.video.slow_fast"
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava-merged"])
+def test_one_said_of_a_run_is_whole_pictures_in_its_export(
+    kind: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As left out for a folder that merges nothing; a folder that merges does so no more."""
+    run = shutil.copytree(tiny_folder(kind), tmp_path / "run")
+    write_json(run / "provenance.json", {"config": {"model": {"image": {"token_merge_ratio": 1.0}}}})
+    said = export(run, tmp_path / "said", device="cpu")
+    assert all(one.holds for one in said.comparisons) and not said.notes
+    left_out = export(tiny_folder("llava"), tmp_path / "left_out", device="cpu").out
+    opened, plain = open_folder(said.out), open_folder(left_out)
+    assert isinstance(opened.spec, AutoSpec)
+    assert opened.family.plan([(640, 480)], opened.spec) == plain.family.plan([(640, 480)], plain.spec)
+    if kind == "llava":
+        texts = [{f.name: f.read_bytes() for f in folder.glob("*.json")} for folder in (said.out, left_out)]
+        assert all(text.pop("export.json") for text in texts) and texts[0] == texts[1]
 
 
 def test_the_true_share_is_told(tiny_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
