@@ -121,6 +121,30 @@ def test_the_base_may_be_a_native_folder(base: Path, tmp_path: Path) -> None:
     assert torch.equal(linear, tensors["projector.model.2.weight"])
 
 
+def test_rows_for_the_placeholder_come_from_a_native_base(base: Path, tmp_path: Path) -> None:
+    native = export(base, tmp_path / "native", layout="native", verify="none").out
+    tensors = trained("llm", "projector")
+    file = write(tensors, tmp_path / "iter_9.pth")
+    result = export(file, tmp_path / "out", base=native, layout="native")
+    assert all(one.holds for one in result.comparisons)
+    old, new = Shards(native), Shards(result.out)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        rows, before = new.read(f"language_model.{name}"), old.read(f"language_model.{name}")
+        assert len(rows) == len(before) == 384
+        torch.testing.assert_close(rows[:320], tensors[f"llm.{name}"], rtol=0, atol=0)
+        torch.testing.assert_close(rows[320:], before[320:], rtol=0, atol=0)
+    (note,) = [note for note in result.notes if "rows" in note]
+    assert "rows 320 to 383 of model.embed_tokens.weight and rows 320 to 383 of lm_head.weight" in note
+
+
+@pytest.mark.parametrize("rows", [319, 321])
+def test_another_vocabulary_is_none_with_added_rows(rows: int, base: Path, tmp_path: Path) -> None:
+    native = export(base, tmp_path / "native", layout="native", verify="none").out
+    tensors = {**trained("projector"), "llm.lm_head.weight": torch.zeros(rows, llava_models.WIDTH)}
+    with pytest.raises(WeightsError, match="of another shape: lm_head"):
+        export(write(tensors, tmp_path / "iter_9.pth"), tmp_path / "out", base=native)
+
+
 def test_the_folders_of_a_frozen_language_model(base: Path, tmp_path: Path) -> None:
     parts = tmp_path / "parts"
     shutil.copytree(base / "projector", parts / "projector")
