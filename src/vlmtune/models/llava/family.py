@@ -191,7 +191,7 @@ def _record(folder: ModelFolder, spec: Spec) -> dict[str, Any]:
     own = folder.config.get(RECORD) or {}
     record = pictures.record_of(spec) if isinstance(spec, LlavaSpec) else {}
     if isinstance(spec, AutoSpec) and own.get("token_merge_ratio", 1) != 1:  # 1 is asked for, and the folder merges
-        record = {**own, "token_merge_ratio": 1.0}
+        record = {"token_merge_ratio": 1.0}
     return {**record, "chat": chat.VICUNA} if _speaks_vicuna(folder) else record
 
 

@@ -201,9 +201,9 @@ def write_files(opened: OpenedFolder, layout: str, out: Path, record: Mapping[st
     """The files of a folder of `layout` beside its weights; see `Family.write_files`.
 
     Args:
-        record: how pictures were seen in training, see `pictures.record_of`; {}: as transformers shows them.
+        record: how pictures were seen in training, see `pictures.record_of`; what it leaves out: as in transformers.
     """
-    record = record or _AS_TRANSFORMERS
+    record = {**_AS_TRANSFORMERS, **record}
     write = {XTUNER: _write_xtuner, LLAVA: _write_llava}.get(layout, _write_native)
     return [*write(opened, out, record), *_unknown_to_others(layout, record)]
 

@@ -36,6 +36,7 @@ from vlmtune.models.load import load_model, open_folder
 from vlmtune.nn.side_inputs import hand_over
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+WHOLE = MediaOptions(image=ImageOptions(token_merge_ratio=1.0))
 
 
 def config(tower: str = CLIP, **more: Any) -> LlavaConfig:
@@ -161,8 +162,7 @@ def test_what_is_recorded_is_what_is_read_again() -> None:
 def test_merging_is_chosen_for_a_plain_folder(tiny_folder: Callable[[str], Path]) -> None:
     folder = tiny_folder("llava")
     assert isinstance(open_folder(folder).spec, AutoSpec)
-    whole = MediaOptions(image=ImageOptions(token_merge_ratio=1.0))
-    assert isinstance(open_folder(folder, whole).spec, AutoSpec)
+    assert isinstance(open_folder(folder, WHOLE).spec, AutoSpec)
     half = open_folder(folder, MediaOptions(image=ImageOptions(token_merge_ratio=0.5)))
     assert half.family.plan([(640, 480)], half.spec)[0].num_tokens == 12
     assert half.config.to_dict()["vlmtune"]["token_merge_ratio"] == 0.5
@@ -178,12 +178,16 @@ def test_one_said_of_a_run_is_whole_pictures_in_its_export(
     """As left out for a folder that merges nothing; a folder that merges does so no more."""
     run = shutil.copytree(tiny_folder(kind), tmp_path / "run")
     write_json(run / "provenance.json", {"config": {"model": {"image": {"token_merge_ratio": 1.0}}}})
+    kept = open_folder(run, WHOLE).config.to_dict().get("vlmtune", {})
+    assert kept.get("token_merge_ratio", 1) == 1, "what a checkpoint says"
     said = export(run, tmp_path / "said", device="cpu")
     assert all(one.holds for one in said.comparisons) and not said.notes
     left_out = export(tiny_folder("llava"), tmp_path / "left_out", device="cpu").out
     opened, plain = open_folder(said.out), open_folder(left_out)
     assert isinstance(opened.spec, AutoSpec)
     assert opened.family.plan([(640, 480)], opened.spec) == plain.family.plan([(640, 480)], plain.spec)
+    parts = open_folder(export(run, tmp_path / "parts", layout="xtuner", verify="none", device="cpu").out)
+    assert (parts.spec.ratio, parts.spec.fit) == (1, None)
     if kind == "llava":
         texts = [{f.name: f.read_bytes() for f in folder.glob("*.json")} for folder in (said.out, left_out)]
         assert all(text.pop("export.json") for text in texts) and texts[0] == texts[1]
