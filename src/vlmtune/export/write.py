@@ -32,6 +32,8 @@ from vlmtune.weights.shards import FLOATING, Shards
 
 FORMAT_VERSION = 1
 RECORD = "export.json"
+ASSEMBLED = "assembled"
+"""Key of a provenance: the folder was made of these parts, and nothing is trained yet."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -273,10 +275,11 @@ def _compare(located: Located, draft: Path, result: ExportResult, device: str | 
 
 def _finish(located: Located, draft: Path, result: ExportResult) -> None:
     config = located.provenance.get("config") or {}
+    made, parts = _origin(located)
     facts = card.CardFacts(
         name=result.out.name,
-        base=card.public_name(_base_name(located)),
-        licence=card.licence_of(Path(_base_name(located))),
+        made=made,
+        parts=parts,
         architecture=_architecture(draft),
         layout=result.layout,
         dtype=result.dtype,
@@ -285,7 +288,23 @@ def _finish(located: Located, draft: Path, result: ExportResult) -> None:
         comparisons=[one.as_dict() for one in result.comparisons],
     )
     (draft / "README.md").write_text(card.write_card(facts), encoding="utf-8")
-    write_json(draft / RECORD, {**result.as_dict(), "provenance": dict(located.provenance)})
+    record = {**result.as_dict(), "provenance": dict(located.provenance)}
+    if ASSEMBLED in located.provenance:  # from a folder that was there for the time of the export
+        record["source"] = None
+    write_json(draft / RECORD, record)
+
+
+def _origin(located: Located) -> tuple[str, list[card.Part]]:
+    """What was done, in words for the card, and to which models."""
+    assembled = located.provenance.get(ASSEMBLED)
+    if assembled:
+        made = f"assembled with vlmtune: its projector is fresh (random numbers of seed {assembled['seed']}), untrained"
+        roles = (("Language model", "language"), ("Vision tower", "tower"))
+        return made, [
+            card.Part(role, card.public_name(assembled[key]["name"]), assembled[key]["licence"]) for role, key in roles
+        ]
+    name = _base_name(located)
+    return "fine-tuned with vlmtune", [card.Part("Base model", card.public_name(name), card.licence_of(Path(name)))]
 
 
 def _base_name(located: Located) -> str:

@@ -101,7 +101,7 @@ def _foreign(path: Path, kind: Kind, base: str | Path | None, *, welcome: bool) 
     if kind in ("pickle", "peft", "parts") and base is None:
         raise UsageError(
             f"this is {WORDS[kind]}, which does not hold the model that it was trained on", where=str(path),
-            remedy="Point to that model's official folder: --base DIR.",
+            remedy="Point to that model's folder, as it was before the training: --base DIR.",
         )  # fmt: skip
     return Located(path=path, base=None if base is None else _given_base(base), foreign=kind)
 

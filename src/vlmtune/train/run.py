@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
 
 from vlmtune.config.load import dump_config
 from vlmtune.config.schema import AnySource, RunConfig
@@ -109,7 +108,6 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
             accumulation=data.plan.micro_batches_per_step // processes.world,
             strategy=strategy,
         )
-        set_seed(config.train.seed)  # adapters begin alike on every rank
         model = weights.load(config, source, resumed, partitioned=strategy == "zero3", native_base=native)
         rates = learning_rates(config.train.learning_rate, config.tuning.learning_rates)
         parameters = report(model, opened, rates)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, set_seed
 
 from vlmtune.config.schema import RunConfig
 from vlmtune.errors import WeightsError
@@ -53,6 +53,8 @@ def load(
     else:
         model = load_model(source, dtype=dtype, attention=config.model.attention)
     _make_savable(model)
+    # Adapters begin alike on every rank and under every strategy; loading draws random numbers under ZeRO-3 only.
+    set_seed(config.train.seed)
     prepared = prepare(model, source, config.tuning)
     if isinstance(prepared, PeftModel) and native_base is not None:
         for settings in prepared.peft_config.values():

@@ -195,3 +195,10 @@ def test_an_adapter_on_a_native_base_prefers_the_folder_of_the_training(tmp_path
     shutil.rmtree(official)
     assert locate(folder).base == native
     assert locate(folder, base=native).base == native
+
+
+def test_a_foreign_checkpoint_asks_for_the_model_whosoever_it_is(tmp_path: Path) -> None:
+    """InternVL's base is an official folder, LLaVA's one of XTuner; the name of a file tells neither."""
+    (tmp_path / "iter_5.pth").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"Point to that model's folder, as it was before the training: --base DIR"):
+        locate(tmp_path / "iter_5.pth", foreign=True)
