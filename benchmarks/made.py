@@ -121,9 +121,11 @@ def write_llava(
     tower_layers: int | None = None,
     image_size: int = 112,
     patch_size: int = 14,
+    heads: int = 8,
+    deviation: float = 0.02,
 ) -> Path:
     """A LLaVA folder that plain transformers (and TRL) can open without torchvision; `layers` of the tower too unless
-    `tower_layers` says another number."""
+    `tower_layers` says another number. `deviation`: standard deviation of the random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     bpe = _bpe(["<pad>", "<s>", "</s>", "<image>"])
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -151,7 +153,8 @@ def write_llava(
     shared = {
         "hidden_size": hidden_size,
         "intermediate_size": 3 * hidden_size,
-        "num_attention_heads": 8,
+        "num_attention_heads": heads,
+        "initializer_range": deviation,
     }
     tower = {"num_hidden_layers": tower_layers or layers, "image_size": image_size, "patch_size": patch_size, **shared}
     text = {"num_hidden_layers": layers, "vocab_size": len(tokenizer), "pad_token_id": 0, **shared}

@@ -1,12 +1,16 @@
 """Merging a picture's tokens: quality, step time, tokens and memory at several ratios, side by side.
 
-A LLaVA-type model with a CLIP tower of 12 layers at 224/14 (256 patches) and random weights learns to read the
-handwritten digits of `vlmtune quickstart`, once for each ratio, from the same start and over the same rows. First comes
-the prediction: the matrix products of a training step, by arithmetic. Then, of one micro batch, the time of forward,
+A LLaVA-type model with a CLIP tower of 12 layers at 224/14 (256 patches) and random weights. First comes the
+prediction: the matrix products of a training step, by arithmetic. Then, of one micro batch, the time of forward,
 backward and optimizer step, the ratios taken by turns; and what the forward keeps for the backward pass.
 
+For the quality, the model learns to read the handwritten digits of `vlmtune quickstart`, drawn over the whole picture,
+without merging. That is the shared base, which stands for a pretrained model. From there it is trained on at each
+ratio: the same rows in the same order, the same number of steps. Exact answers on digits that no step has seen are
+counted for the base with its tokens merged and not a step of training (`merged only`), and after (`trained`).
+
     OMP_NUM_THREADS=1 python benchmarks/token_merging.py
-    OMP_NUM_THREADS=1 python benchmarks/token_merging.py --steps 30 --rounds 3 --hidden 64    # minutes less, no quality
+    OMP_NUM_THREADS=1 python benchmarks/token_merging.py --steps 2 --rounds 1 --limit 20    # whether it runs
 
 Processor seconds are those of this process alone, so other work on the machine disturbs them less than wall time.
 """
@@ -15,11 +19,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import math
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +42,19 @@ from vlmtune.data.prepared.prepare import prepare, prepared_folder
 from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.data.sample import Batch
 from vlmtune.eval.run import EvalSettings, evaluate
-from vlmtune.infer.session import load, to_device
+from vlmtune.infer.locate import locate
+from vlmtune.infer.session import load_located, to_device
 from vlmtune.models.load import load_model, open_folder
 from vlmtune.nn.side_inputs import hand_over
 from vlmtune.nn.token_merging import kept_tokens, merged_per_layer
-from vlmtune.quickstart.data import write_data
+from vlmtune.quickstart.data import SPLITS, write_data
 
 RATIOS = (1.0, 0.5, 0.2, 0.1)
 IMAGE, PATCH, TOWER_LAYERS = 224, 14, 12
 MERGES = TOWER_LAYERS - 1  # the features are those of the last layer but one
+BASE_SHARE = 4  # steps of the base, for one of each ratio
+BASE_RATE, RATE = 2e-3, 1e-3  # learning rates at their peaks: random weights, and weights that can read
+DEVIATION = 0.1  # of the random weights; transformers' 0.02 suits wider models
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,10 @@ class Sizes:
     hidden: int
     layers: int
     rows: int
-    heads: int = 8
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // 32
 
     @property
     def inner(self) -> int:
@@ -65,15 +79,17 @@ class Case:
     """One ratio: its micro batch, and what is found out about it."""
 
     ratio: float
-    config: RunConfig
     tokens: int
     step: Callable[[], None]
     kept: int
     """Bytes that one forward keeps for the backward pass."""
     text: float
     """Tokens of a row beside the picture, in the mean."""
-    wall: list[float]
-    processor: list[float]
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    before: tuple[float, int] | None = None
+    after: tuple[float, int] | None = None
+    """Loss and number of exact answers: of the base, its tokens merged only; and trained."""
 
 
 def tokens_by_layer(ratio: float) -> list[int]:
@@ -95,33 +111,31 @@ def products(ratio: float, sizes: Sizes, text: float) -> tuple[float, float]:
     for before, after in itertools.pairwise(tokens):
         tower += 3 * (8 * before * d**2 + 4 * before**2 * d + 4 * after * d * inner)
         tower += 2 * (before / 2) ** 2 * (d / sizes.heads) if before != after else 0  # matching, no gradient
-    seen = tokens[-1] - 1
-    row = seen + text
+    seen, row = tokens[-1] - 1, tokens[-1] - 1 + text
     decoder = sizes.layers * (8 * row * d**2 + 4 * row**2 * d + 6 * row * d * inner)
     return float(tower), 3.0 * (4 * seen * d**2 + decoder)
 
 
-def config_for(folder: Path, ratio: float, steps: int, rows: int) -> RunConfig:
+def config_for(folder: Path, ratio: float, rows: int, *, start: str, steps: int, rate: float) -> RunConfig:
+    """A run of `steps` steps from the model folder `start`; a ratio of 1 merges nothing."""
+    rows_file = {"path": str(folder / "digits.train.json")}
+    train = {
+        "output_dir": str(folder / f"run-{start}-{ratio}"),
+        "epochs": 1000,
+        "max_steps": steps,
+        "global_batch_size": rows,
+        "micro_batch_size": rows,
+        "learning_rate": rate,
+        "warmup": 0.1,
+        "weight_decay": 0.1,
+        "betas": (0.9, 0.98),
+        "keep_checkpoints": 1,
+    }
     return RunConfig.model_validate(
         {
-            "model": {"path": str(folder / "model"), "image": {"token_merge_ratio": ratio}},
-            "data": {
-                "sources": {"path": str(folder / "digits.train.json")},
-                "max_length": 512,
-                "packing": False,
-                "workers": 0,
-            },
-            "train": {
-                "output_dir": str(folder / f"run-{ratio:g}"),
-                "epochs": 1000,
-                "max_steps": steps,
-                "global_batch_size": rows,
-                "micro_batch_size": rows,
-                "learning_rate": 3e-3,
-                "warmup": 0.05,
-                "weight_decay": 0.1,
-                "keep_checkpoints": 1,
-            },
+            "model": {"path": str(folder / start), "image": {"token_merge_ratio": ratio}},
+            "data": {"sources": rows_file, "max_length": 512, "packing": False, "workers": 0},
+            "train": train,
         }
     )
 
@@ -163,10 +177,9 @@ def make_case(config: RunConfig, device: torch.device) -> Case:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        held = loss()
-    del held
+        loss()
     ratio = config.model.image.token_merge_ratio or 1.0
-    return Case(ratio, config, seen, step, sum(stored.values()), batch.num_tokens / rows - seen, [], [])
+    return Case(ratio, seen, step, sum(stored.values()), batch.num_tokens / rows - seen)
 
 
 def time_steps(cases: list[Case], rounds: int, device: torch.device) -> None:
@@ -181,13 +194,27 @@ def time_steps(cases: list[Case], rounds: int, device: torch.device) -> None:
             case.processor.append(time.process_time() - processor)
 
 
-def quality(config: RunConfig, folder: Path, limit: int) -> tuple[float, float]:
-    """Loss (nats) and exact match (percent) on held-out digits, after training."""
-    result = vlmtune.train(config)
-    settings = EvalSettings(max_new_tokens=8, batch_size=20, limit=limit, max_length=512)
+def measure(config: RunConfig, weights: Path, folder: Path, limit: int) -> tuple[float, int]:
+    """Loss (nats) and exact matches of the weights on held-out digits, with pictures as the configuration says."""
+    session = load_located(replace(locate(weights), media=config.media))
+    settings = EvalSettings(max_new_tokens=4, batch_size=20, limit=limit, max_length=512)
     corpus = open_corpus((config.data.sources[0].model_copy(update={"path": str(folder / "digits.test.json")}),))
-    found = evaluate(load(result.run_dir), corpus, settings)
-    return found.loss, 100.0 * found.metrics.exact_match
+    found = evaluate(session, corpus, settings)
+    return found.loss, sum(one.exact for one in found.predictions)
+
+
+def interval(right: int, of: int) -> tuple[float, float]:
+    """Of a share, the range that is compatible with `right` of `of` (Wilson 1927, 95 %), in percent."""
+    z, share = 1.96, right / of
+    centre, reach = share + z**2 / (2 * of), z * math.sqrt(share * (1 - share) / of + z**2 / (4 * of**2))
+    low, high = (100 * (centre + sign * reach) / (1 + z**2 / of) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 100.0)
+
+
+def chance(folder: Path, limit: int) -> float:
+    """Percent of the held-out rows that are right when one always says their most frequent answer."""
+    rows = json.loads((folder / "digits.test.json").read_text(encoding="utf-8"))[:limit]
+    return 100 * Counter(row["conversations"][-1]["value"] for row in rows).most_common(1)[0][1] / len(rows)
 
 
 def predict(cases: list[Case], sizes: Sizes) -> list[float]:
@@ -200,56 +227,72 @@ def predict(cases: list[Case], sizes: Sizes) -> list[float]:
         tokens = tokens_by_layer(case.ratio)[-1] - 1
         if tokens != case.tokens:
             raise SystemExit(f"{case.tokens} placeholders a picture, but by arithmetic {tokens}")
-        print(
-            f"{case.ratio:>6g}{tokens:>8}{tower / 1e9:>6.2f} GFLOP{decoder / 1e9:>6.2f} GFLOP{share:>7.2f}×", flush=True
-        )
+        print(f"{case.ratio:>6g}{tokens:>8}{tower / 1e9:>6.2f} GFLOP{decoder / 1e9:>6.2f} GFLOP{share:>7.2f}×")
     return shares
 
 
-def show(cases: list[Case], shares: list[float]) -> None:
-    """The table of what was measured, beside what was predicted."""
-    print(
-        f"\n{'ratio':>6}{'tokens':>8}{'predicted':>11}{'processor':>11}{'wall':>8}{'step':>10}{'kept for backward':>19}"
-    )
+def train_all(cases: list[Case], folder: Path, options: argparse.Namespace) -> None:
+    """The shared base without merging; then each ratio from there, measured before and after."""
+    steps = BASE_SHARE * options.steps
+    base = config_for(folder, 1.0, options.rows, start="model", steps=steps, rate=BASE_RATE)
+    print(f"\n{steps} steps without merging, {BASE_RATE:g} at the peak; then {options.steps} at each ratio, {RATE:g}")
+    vlmtune.export(vlmtune.train(base).run_dir, folder / "base")
+    for case in cases:
+        config = config_for(folder, case.ratio, options.rows, start="base", steps=options.steps, rate=RATE)
+        case.before = measure(config, folder / "base", folder, options.limit)
+        case.after = measure(config, vlmtune.train(config).run_dir, folder, options.limit)
+        print(f"{case.ratio:>6g}: loss {case.before[0]:.3f}, then {case.after[0]:.3f}", flush=True)
+
+
+def show(cases: list[Case], shares: list[float], limit: int) -> None:
+    """What was measured, side by side, beside what was predicted; quality only where it was measured."""
+    columns = f"\n{'ratio':>6}{'tokens':>8}{'predicted':>11}{'processor':>11}{'wall':>8}{'step':>9}{'kept':>10}"
+    print(columns + (f"{'merged only':>13}{'trained':>10}{'95 %':>16}" if cases[0].after else ""))
     first = statistics.median(cases[0].processor), statistics.median(cases[0].wall)
     for case, share in zip(cases, shares, strict=True):
         processor, wall = statistics.median(case.processor), statistics.median(case.wall)
-        print(f"{case.ratio:>6g}{case.tokens:>8}{share:>10.2f}×{processor / first[0]:>10.2f}×", end="")
-        print(f"{wall / first[1]:>7.2f}×{wall:>8.2f} s{case.kept / 2**20:>15,.0f} MiB", flush=True)
-
-
-def train_all(cases: list[Case], folder: Path, limit: int) -> None:
-    print(f"\n{'ratio':>6}{'tokens':>8}{'loss':>9}{'exact':>9}   of {limit} held-out digits, after training")
-    for case in cases:
-        loss, exact = quality(case.config, folder, limit)
-        print(f"{case.ratio:>6g}{case.tokens:>8}{loss:>9.3f}{exact:>7.1f} %", flush=True)
+        line = f"{case.ratio:>6g}{case.tokens:>8}{share:>10.2f}×{processor / first[0]:>10.2f}×{wall / first[1]:>7.2f}×"
+        line += f"{wall:>7.2f} s{case.kept / 2**20:>6,.0f} MiB"
+        if case.before and case.after:
+            low, high = interval(case.after[1], limit)
+            line += f"{100 * case.before[1] / limit:>11.1f} %{100 * case.after[1] / limit:>8.1f} %"
+            line += f"{low:>7.1f} … {high:.1f}"
+        print(line, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="of training, for the quality; 0 leaves it out")
-    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each ratio")
+    parser.add_argument("--steps", type=int, default=250, help="of training at each ratio; 0 leaves the quality out")
+    parser.add_argument("--rounds", type=int, default=8, help="timed steps of each ratio")
     parser.add_argument("--rows", type=int, default=8, help="of a step")
-    parser.add_argument("--hidden", type=int, default=128, help="width of tower and decoder")
-    parser.add_argument("--layers", type=int, default=4, help="of the decoder")
-    parser.add_argument("--limit", type=int, default=120, help="held-out rows")
+    parser.add_argument("--hidden", type=int, default=64, help="width of tower and decoder, a multiple of 32")
+    parser.add_argument("--layers", type=int, default=2, help="of the decoder")
+    parser.add_argument("--limit", type=int, default=SPLITS["test"], help="held-out rows")
     options = parser.parse_args()
+    options.limit = min(options.limit, SPLITS["test"])
     sizes = Sizes(options.hidden, options.layers, options.rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_data(folder)
         made = {"layers": sizes.layers, "tower_layers": TOWER_LAYERS, "image_size": IMAGE, "patch_size": PATCH}
-        write_llava(folder / "model", hidden_size=sizes.hidden, **made)
-        cases = [make_case(config_for(folder, ratio, max(options.steps, 1), sizes.rows), device) for ratio in RATIOS]
+        write_llava(folder / "model", hidden_size=sizes.hidden, heads=sizes.heads, deviation=DEVIATION, **made)
+        timed = {"start": "model", "steps": 1, "rate": RATE}
+        cases = [make_case(config_for(folder, ratio, sizes.rows, **timed), device) for ratio in RATIOS]
         print(f"{machine()}; {device.type}, {torch.get_num_threads()} thread(s)")
         print(f"{TOWER_LAYERS} tower layers at {IMAGE}/{PATCH}, {sizes.layers} of the decoder, {sizes.hidden} wide")
-        print(f"{sizes.rows} rows a step; medians of {options.rounds} steps; {options.steps} steps of training")
+        print(f"{sizes.rows} rows a step; medians of {options.rounds} steps")
         shares = predict(cases, sizes)
         time_steps(cases, options.rounds, device)
-        show(cases, shares)
         if options.steps:
-            train_all(cases, folder, options.limit)
+            train_all(cases, folder, options)
+        show(cases, shares, options.limit)
+        if options.steps:
+            steps, often = BASE_SHARE * options.steps, chance(folder, options.limit)
+            print(f"exact answers to {options.limit} held-out digits; the most frequent answer gives {often:.1f} %")
+            print(f"merged only: {steps} steps without merging; trained: {options.steps} more at the ratio")
+    print(f"{time.perf_counter() - began:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmtune.errors import VlmtuneError
+from vlmtune.errors import VlmtuneError, WeightsError
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -122,8 +122,19 @@ def _left(group: Path, limit: str, used: str, cache: str) -> list[int]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, as it stands in the file."""
-    value: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    """A JSON object, as it stands in a file of a model folder.
+
+    Raises:
+        WeightsError: something else stands there. OSError: the file is not there, or may not be read.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"is not JSON ({error})", where=str(file), remedy="The file is damaged; copy it again."
+        ) from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"holds a {type(value).__name__}", where=str(file), expected="a JSON object")
     return value
 
 

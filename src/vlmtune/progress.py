@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Generator, Iterable, Iterator
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -24,6 +25,13 @@ SECONDS_BETWEEN_LINES = 10.0
 _muted = False
 
 
+class Screen(Console):
+    """A rich console that leaves it to its caller what happens when the reader has gone: rich's own ends with 1."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError(errno.EPIPE, "the reader has gone")
+
+
 def mute() -> None:
     """Show no progress from now on in this process: `cli` calls it on every rank but the first."""
     global _muted
@@ -38,7 +46,7 @@ def track(iterable: Iterable[T], *, total: int, label: str) -> Generator[T, None
     if _muted:
         yield from iterable
         return
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     if console.is_terminal:
         yield from _bar(iterable, total, label, console)
     else:

@@ -247,13 +247,15 @@ def test_help_is_quick_and_imports_no_torch(argv: list[str]) -> None:
     assert best < 0.5
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+@pytest.mark.parametrize("say", ["print", "Screen().print", "Screen(stderr=True).print"])
+def test_a_reader_that_goes_away_is_no_error(say: str) -> None:
     code = (
-        "import sys; from vlmtune.cli import init; from vlmtune.cli.main import entry\n"
+        "import os, sys; from vlmtune.cli import init; from vlmtune.cli.main import entry\n"
+        "from vlmtune.progress import Screen\n"
         "def run(args):\n"
-        "    for _ in range(100_000): print('line')\n"
+        f"    for _ in range(20_000): {say}('line')\n"
         "    return 0\n"
-        "init.run = run; sys.argv = ['vlmtune', 'init']; entry()"
+        "init.run = run; sys.argv = ['vlmtune', 'init']\n" + ("os.dup2(1, 2)\n" if "stderr" in say else "") + "entry()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -263,6 +265,17 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait() == 141
+
+
+def test_a_broken_pipe_of_the_programs_own_is_an_error() -> None:
+    code = (
+        "import sys; from vlmtune.cli import init; from vlmtune.cli.main import entry\n"
+        "def run(args): raise BrokenPipeError(32, 'Broken pipe')\n"
+        "init.run = run; sys.argv = ['vlmtune', 'init']; entry()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: BrokenPipeError")
 
 
 def test_interrupt_ends_with_130() -> None:

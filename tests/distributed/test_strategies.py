@@ -21,6 +21,7 @@ from runs import eval_losses, losses, make_config, write_rows, write_yaml
 from safetensors.torch import load_file
 from wide import save_wide
 
+from vlmtune.config.load import load_config
 from vlmtune.train.run import train
 
 ENTRY = Path(__file__).with_name("entry.py")
@@ -160,6 +161,58 @@ def test_official_folders_train_like_one_process(tmp_path: Path, plain_rows: Pat
             assert mine[1] == pytest.approx(theirs[1], rel=1e-5)
         for name, tensor in _weights(one).items():
             torch.testing.assert_close(_weights(run)[name], tensor, rtol=1e-3, atol=1e-4, msg=f"{run} {name}")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategies", [("ddp", "zero3"), ("fsdp2",)], ids="-".join)
+def test_partial_lora_where_a_rank_has_text_alone(
+    tmp_path: Path, tiny_folder: Callable[[str], Path], strategies: tuple[str, ...]
+) -> None:
+    """A layer for visual tokens runs on every rank, on nothing where there are none, and forwards and backwards equally
+    often: with one picture among four rows some rank has none in every step."""
+    model = tiny_folder("xcomposer2-4khd")
+    rows = write_rows(tmp_path / "rows", num=12, text_only=9)
+    data = {"packing": False, "max_length": 1024}
+    train_section = {"global_batch_size": 4, "extra": {"adam_epsilon": 1e-3}}
+    sections: dict[str, Any] = {"tuning": {"method": "full"}, "train": train_section, "data": data}
+    one = train(make_config(tmp_path / "one", model, rows, **sections)).run_dir
+    cases = []
+    for strategy in strategies:
+        sections["train"] = {**train_section, "strategy": strategy, "activation_checkpointing": True}
+        yaml = write_yaml(tmp_path / strategy, model, rows, sections)
+        cases.append({"config": str(yaml), "wrapper": WRAPPERS[strategy], "stop_at": 0})
+    two_processes(cases, tmp_path)
+    (file,) = (one / "checkpoint-3").glob("*model.safetensors")
+    for strategy in strategies:
+        run = tmp_path / strategy / "run"
+        assert len(losses(run)) == 3
+        for mine, theirs in zip(losses(run), losses(one), strict=True):
+            assert mine[1] == pytest.approx(theirs[1], rel=1e-5), strategy
+        found = load_file(run / "checkpoint-3" / "model.safetensors")
+        for name, tensor in load_file(file).items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=f"{strategy} {name}")
+
+
+@pytest.mark.timeout(600)
+def test_merged_pictures_of_unequal_shapes(
+    tmp_path: Path, tiny_folder: Callable[[str], Path], rows: Path, eval_rows: Path
+) -> None:
+    """Each picture keeps its shape, so that ranks lay rows of unequal lengths end to end, and some lay none."""
+    model = tiny_folder("llava-merged")
+    sections = {**_sections(eval_rows, "full"), "model": {"image": {"fit": "keep_aspect"}}}
+    one = train(load_config(write_yaml(tmp_path / "one", model, rows, sections))).run_dir
+    cases = []
+    for strategy in ("ddp", "zero3"):
+        sections["train"] = {**sections["train"], "strategy": strategy}
+        yaml = write_yaml(tmp_path / strategy, model, rows, sections)
+        cases.append({"config": str(yaml), "wrapper": WRAPPERS[strategy], "stop_at": 0})
+    two_processes(cases, tmp_path)
+    for strategy in ("ddp", "zero3"):
+        run_dir = tmp_path / strategy / "run"
+        for mine, theirs in zip(losses(run_dir) + eval_losses(run_dir), losses(one) + eval_losses(one), strict=True):
+            assert mine[1] == pytest.approx(theirs[1], rel=1e-5)
+        for name, tensor in _weights(one).items():
+            torch.testing.assert_close(_weights(run_dir)[name], tensor, rtol=1e-3, atol=1e-4, msg=f"{strategy} {name}")
 
 
 def test_four_bits_with_ddp(tmp_path: Path, plain_rows: Path, eval_rows: Path) -> None:

@@ -17,7 +17,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
+from xcomposer2_models import furnish
 
+import vlmtune
+from vlmtune.export.write import export
 from vlmtune.models.load import load_weights, read_folder
 from vlmtune.models.registry import detect
 from vlmtune.models.xcomposer2.config import native_config
@@ -302,6 +305,24 @@ def test_an_adapter_of_the_official_script_on_our_model(folder: Path, name: str)
     state = merged.state_dict()
     for key in (key for key in expected if key.startswith("merged.")):
         assert_close(state[key.removeprefix("merged.")], expected[key], 1e-6)
+
+
+@pytest.mark.parametrize(("folder", "name"), each_adapted())
+def test_an_adapter_of_the_official_script_as_users_have_it(folder: Path, name: str, tmp_path: Path) -> None:
+    """Opened and exported by its folder, although its base is not where it says."""
+    recorded = folder.parent / base_of(folder).name
+    base = furnish(recorded, tmp_path / "base")
+    case = json.loads((folder / "expected.json").read_text(encoding="utf-8"))[name]["source_case_in_vl"]
+    expected, wanted = load_file(folder / "expected.safetensors"), inputs(recorded, case)
+    rows = expected[f"{name}.logit_rows"]
+    out = export(folder, tmp_path / "out", base=base, device="cpu").out
+    merged = load_file(out / "model.safetensors")
+    for key in (key for key in expected if key.startswith("merged.")):
+        assert_close(merged[key.removeprefix("merged.")], expected[key], 1e-6)
+    for path, options, logits in ((folder, {"base": base}, f"{name}.logits"), (out, {}, f"{name}.merged_logits")):
+        model = vlmtune.load(path, device="cpu", **options).model
+        with torch.no_grad():
+            assert_close(model(**wanted).logits[:, rows], expected[logits], LOGITS)
 
 
 def test_records_of_every_kind_were_met() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig
 from verdicts import Rule, decide, report
@@ -36,6 +37,12 @@ _Row = dict[str, str]
 
 _RULES: tuple[Rule[_Row], ...] = (
     Rule(
+        "no tile is allowed",
+        "refused",
+        "the official transform fails on every picture; ours does when the options are read",
+        lambda row: int(row["hd_num"]) < 1,
+    ),
+    Rule(
         "no row of pixels is left",
         "refused",
         "the official transform fails on a picture whose shorter side vanishes; ours says so, with the row",
@@ -45,11 +52,11 @@ _RULES: tuple[Rule[_Row], ...] = (
 
 
 def _shorter_side(row: _Row) -> int:
-    """In pixels, after the longer side, with `hd_num` tiles in one line at most, has been brought to size; exact."""
+    """In pixels, after the longer side has been brought to the most tiles that fit; as floats would have it."""
     longer, shorter = sorted((int(row["width"]), int(row["height"])), reverse=True)
     most = int(row["hd_num"])
     fits = [along for along in range(1, most + 1) if along * -(-along * shorter // longer) <= most]
-    return fits[-1] * _TILE * shorter // longer
+    return int(fits[-1] * _TILE / (longer / shorter))
 
 
 @cache
@@ -88,9 +95,14 @@ def _spec(*, high_resolution: bool, size: int, patch: int = _PATCH, max_tiles: i
 )
 def test_the_size_table(row: _Row) -> None:
     size, most = (int(row["width"]), int(row["height"])), int(row["hd_num"])
-    spec = _spec(high_resolution=True, size=_TILE, max_tiles=most)
     if decide(row, _RULES).verdict == "refused":
         assert any(value.startswith("error") for value in row.values())  # one column early in the recorded table
+    if most < 1:
+        with pytest.raises(ValidationError):
+            ImageOptions(max_tiles=most)
+        return
+    spec = _spec(high_resolution=True, size=_TILE, max_tiles=most)
+    if decide(row, _RULES).verdict == "refused":
         with pytest.raises(DataError, match=rf"nothing is left of a picture of {size[0]}×{size[1]}"):
             pictures.plan([size], spec)
         return

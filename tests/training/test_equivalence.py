@@ -13,6 +13,7 @@ from official_models import DECODERS, dynamic, official_folder, su
 from runs import losses, make_config
 from safetensors.torch import load_file
 from torch.nn import functional
+from xcomposer2_models import KINDS as XCOMPOSER2
 
 from vlmtune.config.schema import RunConfig
 from vlmtune.data.collate import collate
@@ -27,6 +28,7 @@ from vlmtune.train.run import train
 from vlmtune.tuning.components import never_trains
 
 KINDS = ["internvl", "llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", *(f"official-{decoder}" for decoder in DECODERS)]
+KINDS += XCOMPOSER2
 
 
 def _trained(

@@ -37,14 +37,13 @@ def run(args: argparse.Namespace) -> int:
 
     import json
 
-    from rich.console import Console
-
     from vlmtune.data.checks.render import render
     from vlmtune.data.checks.report import check
     from vlmtune.data.plan.bad_rows import write_bad_rows
     from vlmtune.errors import DataError
     from vlmtune.files import write_atomic
     from vlmtune.models.load import open_folder
+    from vlmtune.progress import Screen
 
     opened = open_folder(config.model.path, config.media)
     report = check(config, opened, world=args.devices, decode=args.decode, quick=args.quick)
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     listed = write_bad_rows(Path(config.train.output_dir), report.bad)
     if args.json:
         write_atomic(args.json, json.dumps(report.as_dict(), ensure_ascii=False, indent=1) + "\n")
-    console = Console(highlight=False)
+    console = Screen(highlight=False)
     for piece in render(report, listed):
         console.print(piece)
     if args.json:

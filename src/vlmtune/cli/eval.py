@@ -125,8 +125,9 @@ def _default_output(args: argparse.Namespace, config: RunConfig | None) -> Path:
 
 
 def _print(result: EvalResult, model: str, data: list[str]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from vlmtune.progress import Screen
 
     metrics = result.metrics
     print(f"{model} on {', '.join(data)}")
@@ -145,4 +146,4 @@ def _print(result: EvalResult, model: str, data: list[str]) -> None:
     ]
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    Screen(highlight=False).print(table)

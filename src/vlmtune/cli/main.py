@@ -12,6 +12,7 @@ import errno
 import importlib
 import itertools
 import os
+import select
 import sys
 import tempfile
 import textwrap
@@ -53,6 +54,27 @@ def entry() -> NoReturn:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line (without the program's name) and return the exit code."""
+    try:
+        return _run(argv)
+    except BrokenPipeError as error:
+        gone = [stream for stream in (1, 2) if _reader_has_gone(stream)]
+        if not gone:  # a pipe of the program's own: to a worker that died
+            _say_error(_unforeseen(error, keep_traceback=True))
+            return 1
+        # `vlmtune preview … | head`: Python would complain once more when it closes the stream.
+        for stream in gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        return BROKEN_PIPE
+
+
+def _reader_has_gone(stream: int) -> bool:
+    """Of a file descriptor that may be a pipe."""
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _run(argv: Sequence[str]) -> int:
     debug = "--debug" in argv
     try:
         code = _dispatch(list(argv), debug)
@@ -71,9 +93,7 @@ def main(argv: Sequence[str]) -> int:
         print("Stopped.", file=sys.stderr)
         return KEYBOARD_INTERRUPT
     except BrokenPipeError:
-        # `vlmtune preview … | head`: the reader has gone. Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return BROKEN_PIPE
+        raise
     except Exception as error:
         if debug:
             traceback.print_exc()

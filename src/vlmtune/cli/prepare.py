@@ -85,14 +85,14 @@ def _prepare(
 def _print_first(prepared: Prepared, opened: OpenedFolder) -> None:
     """The first case, as the model will see it."""
     import numpy as np
-    from rich.console import Console
 
     from vlmtune.data.preview import row_text
+    from vlmtune.progress import Screen
 
     usable = np.flatnonzero(prepared.measured.num_tokens)
     if len(usable):
         first = int(usable[0])
-        console = Console(highlight=False)
+        console = Screen(highlight=False)
         colourless = console.color_system is None or console.no_color
         text = row_text(prepared.rows.corpus.sample(first), prepared.rows.encoded(first), opened, brackets=colourless)
         console.print("The first case:", style="bold")

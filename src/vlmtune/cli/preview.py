@@ -59,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_rows(rows: Sequence[int], encoder: RowEncoder, config: RunConfig) -> int:
-    from rich.console import Console
     from rich.text import Text
 
     from vlmtune.data.preview import epoch_lines, legend, row_text
+    from vlmtune.progress import Screen
 
-    console = Console(highlight=False)
+    console = Screen(highlight=False)
     colourless = console.color_system is None or console.no_color  # a pipe, a file, NO_COLOR
     unwrapped = not console.is_terminal  # a line of the text stays one line for `grep`
     console.print(legend(brackets=colourless), end="\n\n", soft_wrap=unwrapped)

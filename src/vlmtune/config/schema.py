@@ -99,6 +99,9 @@ class FullTuning(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Drop path rate of the last vision layer, rising linearly from 0 at the first: so often a tile skips one of the
     layer's branches in training, whether the tower itself trains or not."""
+    partial_lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of partial LoRA (InternLM-XComposer2) that are dropped in training, whether it trains itself
+    or is frozen under an adapter; the official scripts have 0.05 either way."""
 
     @model_validator(mode="after")
     def _something_trains(self) -> FullTuning:
@@ -133,6 +136,13 @@ class LoraTuning(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Drop path rate of the last vision layer, rising linearly from 0 at the first: so often a tile skips one of the
     layer's branches in training, whether the tower itself trains or not."""
+    partial_lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of partial LoRA (InternLM-XComposer2) that are dropped in training, whether it trains itself
+    or is frozen under an adapter; the official scripts have 0.05 either way."""
+    native_base: PathText | None = None
+    """Folder of the base in the native layout, for an adapter on an official folder whose class is this program's own
+    (InternLM-XComposer2). It is written there once if it is absent; the adapter names it as its base, so that PEFT's
+    `AutoPeftModelForCausalLM.from_pretrained(adapter)` works after `import vlmtune.models`."""
 
     @model_validator(mode="before")
     @classmethod

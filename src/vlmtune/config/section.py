@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails
 
 
 def _no_zero_byte(path: str) -> str:
@@ -19,8 +29,36 @@ PathText = Annotated[str, Field(min_length=1), AfterValidator(_no_zero_byte)]  #
 MAX_TILES = 1000  # every grid up to this many tiles is compared; a slip of the keyboard would look like a hang
 
 
+def _number(annotation: Any) -> str | None:
+    """pydantic's error for what is no such number, where a type asks for one and not for true or false as well."""
+    kinds = _kinds(annotation)
+    if bool in kinds or not kinds & {int, float}:
+        return None
+    return "float_type" if float in kinds else "int_type"
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types in a union."""
+    inner = get_args(annotation) if get_origin(annotation) in (Union, UnionType, Annotated) else ()
+    return {kind for one in inner for kind in _kinds(one)} if inner else {annotation}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _flags_are_no_numbers(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """pydantic takes true for 1 wherever a number is asked for."""
+        faults = [
+            InitErrorDetails(type=fault, loc=(name,), input=value)
+            for name, value in (values.items() if isinstance(values, dict) else ())
+            if isinstance(value, bool) and name in cls.model_fields
+            if (fault := _number(cls.model_fields[name].annotation))
+        ]
+        if faults:
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return handler(values)
 
 
 class ImageOptions(Section):

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vlmtune.errors import UsageError
-from vlmtune.export.write import export
+from vlmtune.export.card import licence_of
+from vlmtune.export.write import ASSEMBLED, export
+from vlmtune.files import write_json
+from vlmtune.infer.locate import PROVENANCE
+from vlmtune.models.family import NATIVE
 from vlmtune.models.load import open_folder, read_folder
 from vlmtune.models.registry import assemble_parts
 
 AS_ASSEMBLED = "xtuner"
 """The layout in which the parts stay as they are."""
+LAYOUTS = (AS_ASSEMBLED, NATIVE, "llava")
 
 
 def assemble(language: str, tower: str, out: str | Path, *, layout: str = AS_ASSEMBLED, seed: int = 0) -> Path:
@@ -32,6 +39,8 @@ def assemble(language: str, tower: str, out: str | Path, *, layout: str = AS_ASS
         UsageError: an output folder in use, an unknown layout.
         WeightsError: parts that do not make a model.
     """
+    if layout not in LAYOUTS:
+        raise UsageError(f"no layout {layout!r}", where="--layout", expected=" or ".join(LAYOUTS))
     target = Path(out).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError("the output folder is in use", where=str(target), remedy="Choose another folder.")
@@ -44,7 +53,16 @@ def assemble(language: str, tower: str, out: str | Path, *, layout: str = AS_ASS
         if layout == AS_ASSEMBLED:
             draft.rename(target)
         else:
+            parts = {"language": _about(language, text), "tower": _about(tower, vision)}
+            record = {**parts, "projector": "fresh: random numbers, untrained", "seed": seed}
+            write_json(draft / PROVENANCE, {ASSEMBLED: record})
             export(draft, target, layout=layout)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return target
+
+
+def _about(given: str, folder: Path) -> Mapping[str, Any]:
+    """A part for the record: its hub id or whole path, and the licence that its folder states."""
+    name = str(folder.absolute()) if Path(given).is_dir() else given
+    return {"name": name, "licence": licence_of(folder)}

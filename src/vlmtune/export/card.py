@@ -12,17 +12,29 @@ import yaml
 _NAMES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA", "qlora": "QLoRA"}
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model that an export comes from.
+
+    role: what it is to the export. name: hub id, or name of its folder. licence: None where its folder states none.
+    """
+
+    role: str
+    name: str
+    licence: str | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardFacts:
     """What is known about an export; empty fields are left out of the card.
 
-    layout: how the weights are named: ``native``, or the publisher's. base: name or path of the pretrained model.
-    config: the run's configuration as plain values.
+    made: what was done to the parts, the end of a sentence. parts: the pretrained model, or several.
+    layout: how the weights are named: ``native``, or the publisher's. config: the run's configuration as plain values.
     """
 
     name: str
-    base: str
-    licence: str | None
+    made: str
+    parts: Sequence[Part]
     architecture: str
     layout: str
     dtype: str
@@ -73,15 +85,16 @@ def public_name(base: str) -> str:
 
 def write_card(facts: CardFacts) -> str:
     """The card as Markdown with a YAML front matter that the hub understands."""
+    names = [part.name for part in facts.parts]
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "base_model": facts.base,
+        "base_model": names[0] if len(names) == 1 else names,
         "tags": ["vlmtune"],
     }
-    if facts.licence:
-        front["license"] = facts.licence
-    licence = facts.licence or "not stated in the base model's folder; look it up before you publish this model"
+    licences = {part.licence for part in facts.parts}
+    if len(licences) == 1 and None not in licences:
+        front["license"] = facts.parts[0].licence
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
@@ -89,10 +102,9 @@ def write_card(facts: CardFacts) -> str:
         "",
         f"# {facts.name}",
         "",
-        f"`{facts.architecture}` in {facts.dtype}, fine-tuned with vlmtune.",
+        f"`{facts.architecture}` in {facts.dtype}, {facts.made}.",
         "",
-        f"- Base model: `{facts.base}`",
-        f"- Licence of the base model: {licence}",
+        *(line for part in facts.parts for line in _about(part)),
         *_training(facts.config),
         "",
         "## Load it",
@@ -102,6 +114,12 @@ def write_card(facts: CardFacts) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _about(part: Part) -> list[str]:
+    role = part.role.lower()
+    licence = part.licence or f"not stated in the {role}'s folder; look it up before you publish this model"
+    return [f"- {part.role}: `{part.name}`", f"- Licence of the {role}: {licence}"]
 
 
 def _training(config: Mapping[str, Any]) -> list[str]:
@@ -133,7 +151,7 @@ def _check(facts: CardFacts) -> list[str]:
     lines += [f"- {name} {version}" for name, version in facts.versions.items()]
     for one in facts.comparisons:
         lines.append(
-            f"- Compared with the trained model on a fixed {one['prompt']}: largest difference of a logit "
-            f"{one['difference']:.1e} (allowed {one['limit']:.1e})"
+            f"- Compared with the model that it was written from on a fixed {one['prompt']}: largest difference of a "
+            f"logit {one['difference']:.1e} (allowed {one['limit']:.1e})"
         )
     return [*lines, "- `export.json` holds the whole record."]

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,7 +152,7 @@ def _lay_out(located: Located, parts: Parts, own: Path | None, room: Path, names
     if own is None:
         raise UsageError(
             f"this is {WORDS[located.foreign or 'pickle']}, which holds no config.json and no tokenizer",
-            where=str(located.path), remedy="Point to the official folder that it was trained on: --base DIR.",
+            where=str(located.path), remedy="Point to the folder of the model that it was trained on: --base DIR.",
         )  # fmt: skip
     infos = {name: replace(place.info, name=name) for name, place in parts.whole.items()}
     check_fit(parts, infos, base_folder=own)
@@ -172,6 +173,7 @@ def _on_base(located: Located, base: Path, parts: Parts, room: Path, names: Nami
             expected="an official folder" if names == OFFICIAL else "a LLaVA model",
         )  # fmt: skip
     under = Shards(base) if names == opened.layout else _under_names(opened, names)
+    parts, notes = (parts, ()) if names == OFFICIAL else _with_added_rows(parts, under, opened)
     check_fit(parts, under.infos, base_folder=base)
     projector = {name for name in under.infos if is_projector(name)}
     in_adapter = projector if parts.lora and projector <= set(parts.whole) else set()
@@ -188,8 +190,31 @@ def _on_base(located: Located, base: Path, parts: Parts, room: Path, names: Nami
         in_full=frozenset(whole),
         dtype=main_dtype(under) if wider else None,
         layout=opened.family.home_layout(opened.folder),
-        notes=() if names == OFFICIAL else _from_base(opened, set(under.infos) - set(parts.whole)),
+        notes=() if names == OFFICIAL else (*_from_base(opened, set(under.infos) - set(parts.whole)), *notes),
     )
+
+
+def _with_added_rows(parts: Parts, under: Source, opened: OpenedFolder) -> tuple[Parts, tuple[str, ...]]:
+    """A native base has rows for `<image>` (and some more) right behind the vocabulary that XTuner trained: embedding
+    and head get those of the base, and a note says so. Tables of any other size are left for `check_fit` to refuse."""
+    made: Any = opened.config
+    whole, grown = dict(parts.whole), []
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        place, info = whole.get(name), under.infos.get(name)
+        if not place or not info or place.info.shape == info.shape:
+            continue
+        (rows, *width), (all_rows, *wanted) = place.info.shape, info.shape
+        if rows == made.image_token_id < all_rows and width == wanted:
+            longer = {name: replace(place.info, name=name, shape=info.shape)}
+            whole[name] = Place(Tensors(parts.where, longer, partial(_lengthened, place, under)), name)
+            grown.append(f"rows {rows} to {all_rows - 1} of {name}")
+    note = f"not in the checkpoint, and so taken from the base: {' and '.join(grown)}, for <image> and what follows it"
+    return replace(parts, whole=whole), (note,) if grown else ()
+
+
+def _lengthened(place: Place, under: Source, name: str) -> torch.Tensor:
+    trained, rows = place.read(), under.read(name)
+    return torch.cat([trained, rows[len(trained) :].to(trained.dtype)])
 
 
 def _under_names(opened: OpenedFolder, names: Naming) -> Source:

@@ -33,11 +33,13 @@ from vlmtune.weights import strict
 from vlmtune.weights.foreign.recognise import EXPORT_FIRST, WORDS, recognise
 from vlmtune.weights.layout import WeightTable
 from vlmtune.weights.loading import conversion_rules
-from vlmtune.weights.places import is_plain
+from vlmtune.weights.places import PICKLED, PICKLED_INDEX, is_plain, without_safetensors
 from vlmtune.weights.shards import Shards
 
 # Python files are fetched: they are never run, but an export in the publisher's layout hands them on.
 _NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.onnx", "*.gguf"]
+
+_PICKLED = (PICKLED, PICKLED_INDEX, "pytorch_model-*.bin")
 
 _LOADING = threading.RLock()
 """The rules of `compat.conversion_rules` are those of the whole process: models of two layouts load one by one."""
@@ -69,13 +71,18 @@ def read_folder(path: str | os.PathLike[str]) -> ModelFolder:
 
 
 def _fetch(name: str) -> Path:
-    """Downloads a hub repository's safetensors and small files; no pickles."""
+    """Downloads a hub repository's safetensors and small files, and its pickled weights only in their absence."""
     import huggingface_hub
 
     if not HUB_ID.fullmatch(name):
         raise WeightsError("there is no such folder", where=f"model.path: {name}", remedy="Correct the path.")
     try:
-        return Path(huggingface_hub.snapshot_download(name, ignore_patterns=_NOT_FETCHED))
+        folder = Path(huggingface_hub.snapshot_download(name, ignore_patterns=_NOT_FETCHED))
+        bare = [place.relative_to(folder) for place in without_safetensors(folder)]
+        if bare:
+            pickled = [(place / pattern).as_posix() for place in bare for pattern in _PICKLED]
+            huggingface_hub.snapshot_download(name, allow_patterns=pickled)
+        return folder
     except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
         if huggingface_hub.constants.HF_HUB_OFFLINE:

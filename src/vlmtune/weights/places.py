@@ -31,7 +31,16 @@ def folders(folder: Path) -> tuple[Path, ...]:
 
 def is_plain(folder: Path) -> bool:
     """Whether the weights are the safetensors of this folder alone, as transformers reads them by itself."""
-    return len(folders(folder)) == 1 and any((folder / name).is_file() for name in (SINGLE, INDEX))
+    return len(folders(folder)) == 1 and _has_safetensors(folder)
+
+
+def without_safetensors(folder: Path) -> tuple[Path, ...]:
+    """Those of `folders` that hold no safetensors: their weights are pickled, or not there."""
+    return tuple(place for place in folders(folder) if not _has_safetensors(place))
+
+
+def _has_safetensors(place: Path) -> bool:
+    return any((place / name).is_file() for name in (SINGLE, INDEX))
 
 
 def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:

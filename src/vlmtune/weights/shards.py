@@ -67,6 +67,17 @@ def dtype_name(code: str) -> str:
     return _TORCH[code]
 
 
+def describe(name: str, dtype: torch.dtype, shape: Sequence[int], place: Path) -> TensorInfo:
+    """
+    Raises:
+        WeightsError: a dtype that safetensors cannot hold.
+    """
+    try:
+        return TensorInfo(name, dtype_code(str(dtype).removeprefix("torch.")), tuple(shape))
+    except KeyError:
+        raise WeightsError(f"{name} has the dtype {dtype}", where=str(place), expected="plain numbers") from None
+
+
 class Source(Protocol):
     """Tensors by name, one at a time; `Shards` is one."""
 
@@ -127,10 +138,7 @@ class Shards:
 
         tensors = pickles.load_tensors(file)
         self._pickled.update(tensors)
-        return [
-            TensorInfo(name, dtype_code(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
-            for name, tensor in tensors.items()
-        ]
+        return [describe(name, tensor.dtype, tensor.shape, file) for name, tensor in tensors.items()]
 
     def __len__(self) -> int:
         return len(self._info)

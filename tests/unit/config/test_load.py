@@ -96,6 +96,8 @@ def test_minimal_file_fills_the_defaults(load: Load, tmp_path: Path) -> None:
             "run.yaml:4: tuning: vision stands in both targets and train; a component has one or the other.",
         ),
         ("train: {epochs: many}\n", "run.yaml:4: train.epochs: found the text 'many'; expected a number."),
+        ("train: {epochs: true}\n", "run.yaml:4: train.epochs: found true; expected a number."),
+        ("train: {max_steps: false}\n", "run.yaml:4: train.max_steps: found false; expected a whole number."),
         ("train: {seed: 1.5}\n", "run.yaml:4: train.seed: found the number 1.5; expected a whole number."),
         (
             "train: {learning_rate: .nan}\n",

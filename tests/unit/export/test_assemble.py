@@ -9,6 +9,7 @@ from pathlib import Path
 import llava_models
 import pytest
 import torch
+import yaml
 
 from vlmtune.cli.main import main
 from vlmtune.errors import UsageError, WeightsError
@@ -71,6 +72,35 @@ def test_the_verb_writes_a_native_folder(language: Path, tower: Path, tmp_path: 
     assert opened.layout == "native" and json.loads((out / "config.json").read_text())["model_type"] == "llava"
 
 
+@pytest.mark.parametrize("layout", ["native", "llava"])
+def test_card_and_record_name_the_parts(layout: str, language: Path, tower: Path, tmp_path: Path) -> None:
+    licensed = shutil.copytree(language, tmp_path / "licensed")
+    (licensed / "README.md").write_text("---\nlicense: llama2\n---\n")
+    out = assemble(str(licensed), str(tower), tmp_path / "out", layout=layout, seed=5)
+    record = json.loads((out / "export.json").read_text())
+    assert record["source"] is record["base"] is None
+    assert record["provenance"]["assembled"] == {
+        "language": {"name": str(licensed), "licence": "llama2"},
+        "tower": {"name": str(tower), "licence": None},
+        "projector": "fresh: random numbers, untrained",
+        "seed": 5,
+    }
+    text = (out / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == ["licensed", tower.name] and "license" not in front
+    assert "assembled with vlmtune" in text and "seed 5" in text and "fine-tuned" not in text
+    assert "- Language model: `licensed`\n- Licence of the language model: llama2\n" in text
+    assert f"- Vision tower: `{tower.name}`\n- Licence of the vision tower: not stated" in text
+    assert "trained model" not in text
+    assert not any(".parts" in file.read_text(encoding="utf-8") for file in (*out.glob("*.json"), out / "README.md"))
+    assert not (out / "provenance.json").exists()
+
+
+def test_an_unknown_layout_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no layout 'odd'; expected xtuner or native or llava"):
+        assemble(str(tmp_path / "nowhere"), str(tmp_path / "nowhere"), tmp_path / "out", layout="odd")
+
+
 def test_what_does_not_make_a_model_is_refused(language: Path, tower: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="the vision tower is 'llama'"):
         assemble(str(language), str(language), tmp_path / "out")
@@ -81,6 +111,4 @@ def test_what_does_not_make_a_model_is_refused(language: Path, tower: Path, tmp_
         assemble(str(language), str(bare), tmp_path / "out")
     with pytest.raises(UsageError, match="in use"):
         assemble(str(language), str(tower), bare)
-    with pytest.raises(UsageError, match="no layout 'odd'"):
-        assemble(str(language), str(tower), tmp_path / "out", layout="odd")
     assert [path.name for path in tmp_path.iterdir()] == ["bare"]

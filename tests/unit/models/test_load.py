@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
+from llava_models import xtuner_folder
 from rows import conversation, write_picture
 from safetensors.torch import load_file, save_file
 
@@ -191,3 +194,49 @@ def test_boxes_are_written_in_the_unit_that_is_asked_for(tiny_folder: Callable[[
     assert asked.unit == "pixels" and asked.template.startswith("<box>")
     with pytest.raises(ConfigError, match=r"^model\.boxes: is pixels, but this model sees only a part"):
         open_folder(tiny_folder("llava"), MediaOptions(boxes="pixels"))
+
+
+@pytest.mark.parametrize("kind", ["internvl", "llava", "qwen2_5_vl"])
+def test_pickled_weights_are_read_where_there_are_no_others(
+    kind: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    wanted = load_model(open_folder(tiny_folder(kind))).state_dict()
+    folder = Path(shutil.copytree(tiny_folder(kind), tmp_path / "model"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found = load_model(open_folder(folder)).state_dict()
+    assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+class Hub:
+    """Stands for the hub: copies what the patterns ask for, and keeps what was asked."""
+
+    def __init__(self, repository: Path, cache: Path) -> None:
+        self.repository, self.cache = repository, cache
+        self.fetched: list[str] = []
+
+    def __call__(self, name: str, **patterns: list[str]) -> str:
+        assert name == "owner/name"
+        files = [file.relative_to(self.repository).as_posix() for file in self.repository.rglob("*") if file.is_file()]
+        for file in filter_repo_objects(sorted(files), **patterns):
+            (self.cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.repository / file, self.cache / file)
+            self.fetched.append(file)
+        return str(self.cache)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_hub_id_brings_pickled_weights_only_where_there_are_no_others(
+    form: Literal["safetensors", "bin"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = xtuner_folder(tmp_path / "hub", form=form)
+    for other in ("pytorch_model.bin", "visual_encoder/pytorch_model-00001-of-00001.bin", "optimizer.bin", "a.pth"):
+        if form == "safetensors" or "pytorch" not in other:
+            (repository / other).write_bytes(b"no weights")
+    hub = Hub(repository, tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    assert len(load_model(open_folder("owner/name")).state_dict()) > 50
+    pickled = [f"{place}pytorch_model.bin" for place in ("", "projector/", "visual_encoder/")]
+    assert sorted(file for file in hub.fetched if file.endswith((".bin", ".pth"))) == (
+        sorted(pickled) if form == "bin" else []
+    )

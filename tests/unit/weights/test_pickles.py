@@ -17,6 +17,7 @@ import torch
 from vlmtune.errors import WeightsError
 from vlmtune.weights import pickles
 from vlmtune.weights.foreign.tensors import read_pickle
+from vlmtune.weights.shards import Shards
 
 
 class _Calls:
@@ -153,6 +154,12 @@ def test_a_file_without_weights_says_what_it_holds(tmp_path: Path, held: Any, me
     torch.save(held, tmp_path / "x.pth")
     with pytest.raises(WeightsError, match=message):
         read_pickle(tmp_path / "x.pth")
+
+
+def test_a_model_folder_with_other_than_plain_numbers(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1, dtype=torch.complex64)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin: a has the dtype torch\.complex64"):
+        Shards(tmp_path)
 
 
 def test_parameters_come_as_plain_tensors(tmp_path: Path) -> None:

@@ -29,6 +29,9 @@ def render(report: Report, listed: Path | None = None) -> Iterator[RenderableTyp
     if not report.quick and len(report.train.lengths):
         yield _lengths(report)
         yield Text()
+    if report.train.total("images"):
+        yield _pictures(report)
+        yield Text()
     if report.plan:
         yield _arithmetic(report)
         yield Text()
@@ -76,6 +79,16 @@ def _lengths(report: Report) -> Table:
         )
         table.caption_justify = "left"
     return table
+
+
+def _pictures(report: Report) -> Text:
+    """What the pictures and frames of the usable rows take, and how they are seen."""
+    images, visual, tokens = (report.train.total(name) for name in ("images", "visual_tokens", "tokens"))
+    share = f", {_percent(visual / tokens)} of all" if tokens else ""
+    seen = f"; {report.about_pictures}" if report.about_pictures else ""
+    return Text.assemble(
+        ("Pictures: ", "bold"), f"{images:,} (with frames of videos), {_counted(visual, 'token')}{share}{seen}"
+    )
 
 
 def _arithmetic(report: Report) -> Text:

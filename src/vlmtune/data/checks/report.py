@@ -48,6 +48,8 @@ class SourceCounts:
     dropped: int
     """Over-long rows, where they are dropped."""
     images: int
+    visual_tokens: int
+    """Those of the tokens that pictures and frames take, as they are cut and merged."""
     embedded: int
     """Tokens that are rows of pseudo-text."""
     tokens: int | None
@@ -107,6 +109,8 @@ class Report:
     why_not_packed: str | None
     max_length: int
     max_bad_share: float
+    about_pictures: str | None
+    """How the run's pictures are seen, and what merging leaves of their tokens; see `Family.about_pictures`."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -141,6 +145,8 @@ class Report:
             "bad": [bad_row_dict(part, row) for part, row in self.bad],
             "dropped": self.train.total("dropped"),
             "images": self.train.total("images"),
+            "visual_tokens": self.train.total("visual_tokens"),
+            "about_pictures": self.about_pictures,
             "embedded": self.train.total("embedded"),
             "tokens": self.train.total("tokens"),
             "trained_tokens": self.train.total("trained_tokens"),
@@ -168,7 +174,7 @@ class Report:
     def _eval(self) -> dict[str, Any] | None:
         if self.eval is None:
             return None
-        names = ("rows", "dropped", "images", "embedded", "tokens", "trained_tokens")
+        names = ("rows", "dropped", "images", "visual_tokens", "embedded", "tokens", "trained_tokens")
         return {**{name: self.eval.total(name) for name in names}, "sources": self.eval.as_rows()}
 
 
@@ -220,6 +226,7 @@ def check(
         why_not_packed=why_not_packed,
         max_length=config.data.max_length,
         max_bad_share=config.data.max_bad_share,
+        about_pictures=opened.family.about_pictures(opened.spec),
     )
     report.warnings = _warnings(report)
     return report
@@ -261,6 +268,7 @@ def _counts(corpus: Corpus, measured: Measured, judged: Judged, *, quick: bool) 
                 bad=int(num_bad[number]),
                 dropped=len(source) - int(kept[number].sum()) - int(num_bad[number]),
                 images=usable_sum(measured.num_images),
+                visual_tokens=usable_sum(measured.num_visual),
                 embedded=usable_sum(measured.num_embedded),
                 tokens=None if quick else usable_sum(measured.num_tokens),
                 trained_tokens=None if quick else usable_sum(measured.num_trained),

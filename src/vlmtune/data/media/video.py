@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -131,12 +131,28 @@ def open_pictures(refs: Sequence[MediaRef], options: MediaOptions) -> Generator[
         DataError: as `pictures.open_image`; a frame that the file does not hold.
         UsageError: PyAV is not installed.
     """
-    for whole, group in groupby(refs, _whole):
+    for group in _passes(refs):
+        whole = _whole(group[0])
         if whole is None:
             yield from (pictures.open_image(ref, options) for ref in group)
         else:
             with closing(_frames(whole, [ref.frame or 0 for ref in group], options)) as chosen:
                 yield from chosen
+
+
+def _passes(refs: Sequence[MediaRef]) -> Iterator[list[MediaRef]]:
+    """Pictures in a row, and frames of one video whose numbers ascend: the same video again is a pass of its own."""
+    group: list[MediaRef] = []
+    for ref in refs:
+        goes_on = (
+            group and _whole(group[-1]) == _whole(ref) and (ref.frame is None or ref.frame > (group[-1].frame or 0))
+        )
+        if group and not goes_on:
+            yield group
+            group = []
+        group.append(ref)
+    if group:
+        yield group
 
 
 def decode(refs: Sequence[MediaRef], options: MediaOptions) -> None:

@@ -44,10 +44,10 @@ def assemble(language: Path, tower: Path, out: Path, *, seed: int) -> None:
     text, vision = read_json(language / "config.json"), read_json(tower / "config.json")
     vision = configs.tower_config(vision, where=str(tower))
     source = Shards(language)
-    projector = configs.xtuner_projector({"text_config": text, "vision_config": vision})
-    configs.native_config(
-        text, vision, projector, context_id=0, has_head="lm_head.weight" in source, where=str(language)
+    whole = configs.native_config(
+        text, vision, {}, context_id=0, has_head="lm_head.weight" in source, where=str(language)
     )
+    projector = configs.xtuner_projector(whole.to_dict())
     if not (tower / _PREPROCESSOR).is_file():
         raise WeightsError(
             f"there is no {_PREPROCESSOR}", where=str(tower), expected="how pictures are brought to the tower's size",
@@ -86,10 +86,7 @@ def _copy(source: Shards, names: Mapping[str, str], folder: Path) -> None:
 
 
 def _write(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    plan = [
-        TensorInfo(name, shards.dtype_code(str(tensor.dtype).removeprefix("torch.")), tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    ]
+    plan = [shards.describe(name, tensor.dtype, tensor.shape, folder) for name, tensor in tensors.items()]
     shards.write_shards(folder, plan, tensors.__getitem__)
 
 

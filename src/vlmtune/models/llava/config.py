@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import CONFIG_MAPPING, LlavaConfig
+from transformers import CONFIG_MAPPING, LlavaConfig, PretrainedConfig
 
 from vlmtune.errors import WeightsError
 
@@ -25,6 +25,12 @@ _OFFICIAL = {
 """model_type and class in official LLaVA, by the model_type of the decoder."""
 _OF_TOWER = ("CLIPVisionModel", "SiglipVisionModel")
 _MULTIMODAL = ("mm_", "image_", "unfreeze_", "use_mm_", "tune_mm_", "freeze_mm_", "tokenizer_", RECORD)
+_KNOWN: dict[str, tuple[Any, ...]] = {
+    "mm_use_im_start_end": (False, None),
+    "mm_patch_merge_type": ("flat", None),
+    "image_aspect_ratio": ("square", "pad", None),
+}
+"""Traits of official folders, and the values that this program follows; the first is that of a folder without one."""
 _OPENAI = "openai/clip-vit-large-patch14"
 _OPENAI_SIZES = {_OPENAI: 224, f"{_OPENAI}-336": 336}
 _OPENAI_TOWER = {
@@ -47,7 +53,7 @@ def is_official(config: Mapping[str, Any]) -> bool:
 
 
 def tower_config(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-    """The vision tower's part of a tower folder's config.json, which may be that of a whole CLIP.
+    """The vision tower's part of a tower folder's config.json, which may be that of a whole CLIP; nothing left out.
 
     Raises:
         WeightsError: neither CLIP's nor SigLIP's tower.
@@ -56,7 +62,27 @@ def tower_config(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     vision = {**config.get("vision_config", {}), "model_type": _TOWERS[kind]} if kind in _TOWERS else dict(config)
     if vision.get("model_type") not in _TOWERS.values():
         raise WeightsError(f"the vision tower is {kind!r}", where=where, expected="CLIP or SigLIP")
-    return {name: value for name, value in vision.items() if name not in ("transformers_version", RECORD)}
+    return filled({name: value for name, value in vision.items() if name not in ("transformers_version", RECORD)})
+
+
+def filled(part: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a language model or a tower with the sizes that it leaves to its class, as folders on the hub do.
+
+    part: names a model_type of transformers.
+    """
+    whole = CONFIG_MAPPING[str(part["model_type"])](**part).to_dict()
+    common = PretrainedConfig().to_dict()  # labels and the like, which say nothing of the weights
+    return {**part, **{name: value for name, value in whole.items() if name not in part and name not in common}}
+
+
+def filled_native(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of transformers' LLaVA class with both parts filled; those of hub folders leave most sizes out."""
+    whole = LlavaConfig.from_dict(dict(config)).to_dict()
+    parts = {
+        name: filled({**(config.get(name) or {}), "model_type": whole[name]["model_type"]})
+        for name in ("text_config", "vision_config")
+    }
+    return {**config, **parts}
 
 
 def native_config(
@@ -74,11 +100,12 @@ def native_config(
         language, vision: config.json of the language model and of the tower.
         projector: XTuner's, see `projector_of` for official LLaVA.
         context_id: id of the placeholder.
-        has_head: the files hold an output head; it is tied when there is none.
+        has_head: the files hold an output head; without one it is tied to the embedding, if the language model's is.
         where: names the folder in errors.
 
     Raises:
-        WeightsError: a decoder that transformers has no class for, another tower, or a projector of another depth.
+        WeightsError: a decoder that transformers has no class for or that lacks its head, another tower, or a projector
+            of another depth.
     """
     if is_official(language):
         language = {**language, **causal(language, where=where)}
@@ -93,6 +120,11 @@ def native_config(
     tower = tower_config(vision, where=where)
     text = {name: value for name, value in language.items() if not is_of_pictures(name)}
     text.pop("transformers_version", None)
+    if not (has_head or filled(text).get("tie_word_embeddings", True)):
+        raise WeightsError(
+            "there is no lm_head.weight, and config.json does not tie the head to the embedding", where=where,
+            expected="the output head among the weights", remedy="Download or copy the folder again.",
+        )  # fmt: skip
     text.update(tie_word_embeddings=not has_head, use_cache=True)
     return LlavaConfig(
         vision_config=tower,
@@ -113,8 +145,15 @@ def projector_of(config: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """XTuner's words for the projector of an official folder.
 
     Raises:
-        WeightsError: a projector that transformers' class does not have.
+        WeightsError: a projector that transformers' class does not have; tiles, or tokens around a picture.
     """
+    for field, known in _KNOWN.items():
+        if config.get(field, known[0]) not in known:
+            raise WeightsError(
+                f"{field} is {config[field]!r}, which changes what the model sees and is not followed here",
+                where=where, expected=" or ".join(map(str, known)),
+                remedy="Take the model's `-hf` folder, if there is one.",
+            )  # fmt: skip
     kind = config.get("mm_projector_type", "linear")
     if kind != "mlp2x_gelu":
         raise WeightsError(f"mm_projector_type is {kind!r}", where=where, expected="mlp2x_gelu (LLaVA 1.5 and later)")

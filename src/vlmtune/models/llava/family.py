@@ -9,6 +9,7 @@ end to end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +27,10 @@ from transformers import (
 from vlmtune.config.schema import ChatStyle, ImageOptions, MediaOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
 from vlmtune.models import native
-from vlmtune.models.auto import AutoFamily
+from vlmtune.models.auto import AutoFamily, conventions
 from vlmtune.models.auto.family import open_image_processor
 from vlmtune.models.auto.pictures import AutoSpec
-from vlmtune.models.family import NATIVE, ChatFormat, Components, ModelFolder, OpenedFolder
+from vlmtune.models.family import NATIVE, BoxFormat, ChatFormat, Components, ModelFolder, OpenedFolder
 from vlmtune.models.llava import chat, folders, pictures
 from vlmtune.models.llava.config import LLAVA, RECORD, XTUNER
 from vlmtune.models.llava.pictures import Habits, LlavaSpec
@@ -40,6 +41,11 @@ from vlmtune.models.text import TextEncoder
 from vlmtune.weights.layout import WeightTable
 
 Spec = AutoSpec | LlavaSpec
+
+_OTHER_PROMPT = (
+    "this layout has no chat template: who opens it, this program too, asks in Vicuna's words as XTuner and LLaVA do, "
+    "and not in those of the template that this model has been used with; a native export keeps it"
+)
 
 
 class LlavaFamily(AutoFamily):
@@ -94,9 +100,12 @@ class LlavaFamily(AutoFamily):
         return folders.companions(folder)
 
     def write_files(self, opened: OpenedFolder, layout: str, out: Path) -> list[str]:
-        if isinstance(opened.spec, AutoSpec) and layout == NATIVE:
-            return super().write_files(opened, layout, out)
-        return folders.write_files(opened, layout, out, _record(opened.folder, opened.spec))
+        record = _record(opened.folder, opened.spec)
+        if isinstance(opened.spec, AutoSpec) and layout == NATIVE and not record:
+            plain = pictures.as_plain(_habits(opened.folder), opened.media) or opened.media
+            return super().write_files(replace(opened, media=plain), layout, out)
+        notes = folders.write_files(opened, layout, out, record)
+        return notes if layout == NATIVE or _speaks_vicuna(opened.folder) else [*notes, _OTHER_PROMPT]
 
     def components(self, folder: ModelFolder) -> Components:
         if folders.layout(folder) == NATIVE:
@@ -128,6 +137,11 @@ class LlavaFamily(AutoFamily):
         template = native.read_template(folder, tokenizer)
         mark = str(tokenizer.convert_ids_to_tokens(spec.placeholder_id))
         return probe(tokenizer, template, mark, text, place=str(folder.path))
+
+    def boxes(self, folder: ModelFolder) -> BoxFormat:
+        """In every layout as LLaVA's training mix, on which XTuner's models train too, writes them."""
+        del folder
+        return conventions.boxes(LlavaConfig.model_type)
 
     def lays_end_to_end(self, spec: Spec) -> bool:
         return isinstance(spec, LlavaSpec)
@@ -173,17 +187,18 @@ def _speaks_vicuna(folder: ModelFolder) -> bool:
 
 
 def _record(folder: ModelFolder, spec: Spec) -> dict[str, Any]:
-    """What config.json keeps for later runs."""
+    """What config.json keeps for later runs: {} where the folder says already how pictures are seen."""
+    own = folder.config.get(RECORD) or {}
     record = pictures.record_of(spec) if isinstance(spec, LlavaSpec) else {}
+    if isinstance(spec, AutoSpec) and own.get("token_merge_ratio", 1) != 1:  # 1 is asked for, and the folder merges
+        record = {"token_merge_ratio": 1.0}
     return {**record, "chat": chat.VICUNA} if _speaks_vicuna(folder) else record
 
 
 def _habits(folder: ModelFolder) -> Habits:
     """What was recorded, and for the rest how the trainer that the folder comes from shows pictures."""
     origin = folders.origin(folder)
-    if (
-        origin == XTUNER
-    ):  # `pad_image_to_square` in all configurations of AuroraCap; its width and height never matter then
+    if origin == XTUNER:  # all configurations of AuroraCap have `pad_image_to_square`; where one has not, it swaps
         return pictures.habits_of(folder.config, Habits(fit="pad_square", swap_sides=True))
     if origin == LLAVA:
         padded = folders.parts(folder).language.get("image_aspect_ratio") == "pad"

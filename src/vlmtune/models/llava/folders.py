@@ -19,9 +19,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from vlmtune.errors import WeightsError
 from vlmtune.files import read_json, write_json
-from vlmtune.models import native
+from vlmtune.models import native, sentencepiece
 from vlmtune.models.family import NATIVE, ModelFolder, OpenedFolder
 from vlmtune.models.llava import config as configs
+from vlmtune.models.llava import pictures
 from vlmtune.models.llava.config import LLAVA, XTUNER
 from vlmtune.models.llava.jinja import TEMPLATE
 from vlmtune.models.llava.weights import llava_table, native_table, xtuner_table
@@ -31,8 +32,11 @@ from vlmtune.weights.shards import Shards
 
 RECORD = "llava.json"
 IMAGE = "<image>"
+_LLAMA = (None, "LlamaTokenizer", "LlamaTokenizerFast")
 _ROUND = 64  # transformers' conversion of LLaVA pads the vocabulary to multiples of this
 _AS_TRANSFORMERS = {"token_merge_ratio": 1.0, "fit": None, "slow_fast": False}
+_FITS = {XTUNER: "pad_square", LLAVA: "pad_square"}
+"""How other readers of a layout bring pictures to size: XTuner always, official LLaVA by `image_aspect_ratio`."""
 _PREPROCESSOR = "preprocessor_config.json"
 _PROCESSOR_FILES = ("processor_config.json", "chat_template.jinja", "chat_template.json", _PREPROCESSOR)
 
@@ -77,7 +81,7 @@ def parts(folder: ModelFolder) -> Parts:
     if file.is_file():
         record = read_json(file)
         return Parts(record["language"], record["vision"], record["projector"])
-    made = folder.config
+    made = configs.filled_native(folder.config)
     return Parts(configs.language_of(made), configs.vision_of(made), configs.xtuner_projector(made))
 
 
@@ -140,6 +144,11 @@ def open_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
 
 
 def _plain_tokenizer(folder: ModelFolder) -> PreTrainedTokenizerBase:
+    """From tokenizer.json; of Llama's folders (Vicuna's) that have none, from their SentencePiece model."""
+    if not (folder.path / "tokenizer.json").is_file() and (folder.path / sentencepiece.FILE).is_file():
+        settings = sentencepiece.read_settings(folder.path)
+        if settings.get("tokenizer_class") in _LLAMA:
+            return sentencepiece.build(folder.path, settings)
     official = layout(folder) == LLAVA
     kind = configs.causal(folder.config, where=str(folder.path))["model_type"] if official else None
     return native.open_tokenizer(folder, kind=kind)
@@ -192,17 +201,22 @@ def write_files(opened: OpenedFolder, layout: str, out: Path, record: Mapping[st
     """The files of a folder of `layout` beside its weights; see `Family.write_files`.
 
     Args:
-        record: how pictures were seen in training, see `pictures.record_of`; {}: as transformers shows them.
+        record: how pictures were seen in training, see `pictures.record_of`; what it leaves out: as in transformers.
     """
-    record = record or _AS_TRANSFORMERS
+    record = {**_AS_TRANSFORMERS, **record}
     write = {XTUNER: _write_xtuner, LLAVA: _write_llava}.get(layout, _write_native)
-    notes = write(opened, out, record)
+    return [*write(opened, out, record), *_unknown_to_others(layout, record)]
+
+
+def _unknown_to_others(layout: str, record: Mapping[str, Any]) -> list[str]:
+    """How other readers of a layout show pictures otherwise than training did."""
+    gaps, fit = [], record.get("fit")
     if record.get("token_merge_ratio", 1) != 1:
-        notes.append(
-            "others show this model all tokens of a picture; what it was trained with stands in config.json under "
-            f"{configs.RECORD}, and this program follows it"
-        )
-    return notes
+        gaps.append("others show this model all tokens of a picture")
+    if fit not in (None, _FITS.get(layout)):
+        gaps.append(f"others bring pictures to size in their own way, this model was trained with fit {fit}")
+    kept = f"what it was trained with stands in config.json under {configs.RECORD}, and this program follows it"
+    return [f"{gap}; {kept}" for gap in gaps]
 
 
 def _write_native(opened: OpenedFolder, out: Path, record: Mapping[str, Any]) -> list[str]:
@@ -251,8 +265,7 @@ def _write_xtuner(opened: OpenedFolder, out: Path, record: Mapping[str, Any]) ->
     language = {name: value for name, value in found.language.items() if not configs.is_of_pictures(name)}
     if origin(folder) == LLAVA:
         language.update(configs.causal(language, where=str(folder.path)))
-    language["vocab_size"] = opened.config.to_dict()["text_config"]["vocab_size"]
-    write_json(out / "config.json", {**language, configs.RECORD: dict(record)})
+    write_json(out / "config.json", {**language, **_of_head(opened), configs.RECORD: dict(record)})
     for name, config in ((TOWER, found.vision), (PROJECTOR, found.projector)):
         (out / name).mkdir(exist_ok=True)
         write_json(out / name / "config.json", config)
@@ -270,19 +283,24 @@ def _write_xtuner(opened: OpenedFolder, out: Path, record: Mapping[str, Any]) ->
 def _write_llava(opened: OpenedFolder, out: Path, record: Mapping[str, Any]) -> list[str]:
     folder, found = opened.folder, parts(opened.folder)
     _language_files(folder, out)
-    made = opened.config.to_dict()
     kept = {**record, "vision_config": configs.tower_config(found.vision, where=str(folder.path))}
     if origin(folder) == LLAVA:
         config = dict(found.language)
     else:
         aspect = "pad" if record.get("fit") == "pad_square" else "square"
-        config = configs.llava_config(made, found.language, aspect=aspect)
-    config["vocab_size"] = made["text_config"]["vocab_size"]  # a native export in between may have added rows
-    write_json(out / "config.json", {**config, configs.RECORD: kept})
+        config = configs.llava_config(opened.config.to_dict(), found.language, aspect=aspect)
+    write_json(out / "config.json", {**config, **_of_head(opened), configs.RECORD: kept})
     _preprocessor(opened, out)
     if config["mm_vision_tower"]:
         return []
     return ["official LLaVA opens its tower by mm_vision_tower in config.json: write the tower's name or folder there"]
+
+
+def _of_head(opened: OpenedFolder) -> dict[str, Any]:
+    """What the weights decide, whatever config.json said of them: a native export in between may have added rows, and
+    a head may lie in files that call it tied."""
+    made: Any = opened.config
+    return {"vocab_size": made.text_config.vocab_size, "tie_word_embeddings": made.tie_word_embeddings}
 
 
 def _language_files(folder: ModelFolder, out: Path) -> None:
@@ -297,10 +315,6 @@ def _preprocessor(opened: OpenedFolder, out: Path) -> None:
     if not file.is_file():  # in processor_config.json, as transformers 5 writes it
         return
     settings = read_json(file)
-    size = opened.media.image.size
-    if size is not None:
-        square = {"height": size, "width": size}
-        settings["size"] = {"shortest_edge": size} if "shortest_edge" in settings.get("size", {}) else square
-        if "crop_size" in settings:
-            settings["crop_size"] = square
+    if opened.media.image.size is not None:
+        settings.update(pictures.picture_settings(opened.spec))
     write_json(out / _PREPROCESSOR, settings)

@@ -22,6 +22,7 @@ from transformers.image_utils import SizeDict
 from vlmtune.config.schema import ImageOptions, MediaOptions, VideoOptions
 from vlmtune.data.sample import MediaPlan, Retouch, Size
 from vlmtune.errors import ConfigError, DataError
+from vlmtune.models import native
 from vlmtune.models.auto import cuts
 from vlmtune.models.llava.config import RECORD
 from vlmtune.models.llava.tower import GRIDS
@@ -87,9 +88,9 @@ def habits_of(config: Mapping[str, Any], fallback: Habits) -> Habits:
 
 
 def record_of(spec: LlavaSpec) -> dict[str, Any]:
-    """What config.json of a native folder keeps under `vlmtune`, for `habits_of`."""
+    """What config.json keeps under `vlmtune`, for `habits_of`; with `swap_sides` wherever that changes pictures."""
     record = {"token_merge_ratio": spec.ratio, "fit": spec.fit, "slow_fast": spec.slow_fast}
-    return {**record, "swap_sides": True} if spec.swap_sides else record
+    return {**record, "swap_sides": spec.swap_sides} if spec.fit == "keep_aspect" else record
 
 
 def llava_spec(config: Any, image_processor: Any, habits: Habits, media: MediaOptions) -> LlavaSpec:
@@ -112,6 +113,10 @@ def llava_spec(config: Any, image_processor: Any, habits: Habits, media: MediaOp
         raise _refused(f"the model joins the features of the layers {layer}, which keep different numbers of tokens")
     if kind not in PROCESSORS:
         raise _refused(f"the image processor is {kind}, and only those of CLIP and SigLIP are followed here")
+    if (
+        chosen.token_merge_ratio or 1
+    ) == 1 and options.token_merge_ratio is None:  # 1 is said of pictures that stay whole beside merged ones
+        native.refuse_slow_fast(media.video)
     spec = LlavaSpec(
         image_processor=_resized(image_processor, options.size),
         placeholder_id=int(config.image_token_id),
@@ -147,22 +152,10 @@ def as_plain(habits: Habits, media: MediaOptions) -> MediaOptions | None:
 
 
 def picture_settings(spec: LlavaSpec) -> dict[str, Any]:
-    """What preprocessor_config.json must say of the size."""
+    """What preprocessor_config.json must say of the size where an option chose it."""
     processor = spec.image_processor
     settings = {"size": _given(processor.size)}
     return {**settings, "crop_size": _given(processor.crop_size)} if processor.do_center_crop else settings
-
-
-def native_gaps(spec: LlavaSpec) -> list[str]:
-    """What plain transformers does otherwise with such a model, whatever its files say; clauses."""
-    gaps = []
-    if spec.ratio < 1:
-        gaps.append(
-            f"transformers' LLaVA class merges no tokens; this model was trained with token_merge_ratio {spec.ratio:g}"
-        )
-    if spec.fit is not None:
-        gaps.append(f"transformers' image processor follows its own file; this model was trained with fit {spec.fit}")
-    return gaps
 
 
 def chosen_habits(habits: Habits, media: MediaOptions) -> Habits:
@@ -281,7 +274,8 @@ def _shape(size: Size, spec: LlavaSpec) -> tuple[Size | None, Size]:
             f"the picture is {size[0]}×{size[1]}: one side is over {_LONGEST} times the other",
             remedy="With `fit: keep_aspect` so long a picture has too many patches; crop it, or set fit: pad_square.",
         )
-    width, height = cuts.to_shortest_edge(size, edge)
+    scale = edge / min(size)  # rounded as in AuroraCap's loader: the shorter side may fall one short, of 55 for 56
+    width, height = int(size[0] * scale), int(size[1] * scale)
     if spec.swap_sides:
         width, height = height, width
     return (width, height), (_up(width, spec.patch), _up(height, spec.patch))
@@ -352,7 +346,7 @@ def _fitted(picture: PIL.Image.Image, plan: MediaPlan, spec: LlavaSpec) -> PIL.I
     height, width, _ = plan.layout
     if plan.resized is None or plan.resized == (width, height):
         return picture
-    canvas = PIL.Image.new("RGB", (width, height))  # black at the right and at the bottom
+    canvas = PIL.Image.new("RGB", (width, height))  # black at the right and at the bottom, before the colours change
     canvas.paste(picture.resize(plan.resized, spec.image_processor.resample))
     return canvas
 

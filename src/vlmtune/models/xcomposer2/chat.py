@@ -20,7 +20,7 @@ from vlmtune.config.schema import ChatStyle
 from vlmtune.errors import ConfigError, WeightsError
 from vlmtune.models.family import ChatFormat, ModelFolder
 from vlmtune.models.internvl import tokenizer as internlm
-from vlmtune.models.internvl.jinja import jinja
+from vlmtune.models.jinja import jinja
 
 IMAGE_MARK = "<ImageHere>"
 """Stands for a picture in the text of official rows and prompts; it is no token."""

@@ -19,6 +19,7 @@ from transformers import (
 
 from vlmtune.config.schema import ChatStyle, MediaOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
+from vlmtune.errors import ConfigError
 from vlmtune.models import native
 from vlmtune.models.family import NATIVE, OFFICIAL, BoxFormat, ChatFormat, Components, ModelFolder, OpenedFolder
 from vlmtune.models.text import TextEncoder
@@ -71,7 +72,8 @@ class XComposer2Family:
         return NATIVE if folders.conventions(folder) is None else OFFICIAL
 
     def install(self, model: PreTrainedModel) -> None:
-        del model
+        if model.generation_config is not None:  # from official folders' config.json, where it is a row's in training
+            model.generation_config.max_length = None
 
     def companions(self, folder: ModelFolder) -> Mapping[str, bytes]:
         return folders.companions(folder)
@@ -101,7 +103,17 @@ class XComposer2Family:
     ) -> XComposer2Spec:
         del tokenizer
         native.refuse_slow_fast(media.video)
-        return pictures.spec_of(_own_config(folder), media.image, where=str(folder.path))
+        config = _own_config(folder)
+        spec = pictures.spec_of(config, media.image, where=str(folder.path))
+        own = cast(CLIPVisionConfig, config.vision_config).image_size
+        if spec.size != own and not is_official(folder.config):
+            raise ConfigError(
+                f"size is {spec.size}, but the table of positions in this native folder is one for {own} pixels, and "
+                "only official folders have theirs resized while they are read",
+                where="model.image",
+                remedy="Leave size out, or begin from the official folder (vlmtune export --layout official).",
+            )
+        return spec
 
     def chat(
         self,

@@ -16,7 +16,7 @@ from vlmtune.models import native, records
 from vlmtune.models.family import NATIVE, ModelFolder, OpenedFolder
 from vlmtune.models.records import KEPT
 from vlmtune.models.xcomposer2 import chat
-from vlmtune.models.xcomposer2.config import TOWER_FILE, is_official, official_of, tower_file
+from vlmtune.models.xcomposer2.config import RECORD, TOWER_FILE, is_official, official_of, tower_file
 from vlmtune.models.xcomposer2.configuration import XComposer2Config
 
 
@@ -52,11 +52,13 @@ def _write_official(opened: OpenedFolder, out: Path) -> list[str]:
     native.copy_files(kept, out, more=records.code(kept))
     if (tower := tower_file(config)) is not None:
         write_json(out / TOWER_FILE, tower)
-    size = cast(CLIPVisionConfig, config.vision_config).image_size
-    write_json(out / "config.json", {**(official or official_of(config)), "img_size": size})
+    said = {**(official or official_of(config)), "img_size": cast(CLIPVisionConfig, config.vision_config).image_size}
+    if config.max_tiles != XComposer2Config.max_tiles:
+        said[RECORD] = {"max_tiles": config.max_tiles}
+    write_json(out / "config.json", said)
     if records.code(kept):
         return []
     return [
-        "the base has no official Python files; official code must be copied from a model repository, while LMDeploy "
-        "brings its own"
+        "the base has no official Python files; to load the folder with the official code, copy them from a model "
+        "repository"
     ]

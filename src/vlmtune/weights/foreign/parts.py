@@ -168,6 +168,6 @@ def check_fit(parts: Parts, base: Mapping[str, TensorInfo], *, base_folder: Path
         raise WeightsError(
             f"the checkpoint does not fit the base {base_folder}: " + "; ".join(complaints),
             where=str(parts.where),
-            expected="the official folder that it was trained on",
+            expected="the folder of the model that it was trained on, in its publisher's layout",
             remedy="Point to that folder: --base DIR.",
         )

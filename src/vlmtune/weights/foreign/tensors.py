@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 
 from vlmtune.errors import WeightsError
 from vlmtune.weights import pickles
-from vlmtune.weights.shards import Shards, TensorInfo, dtype_code, read_header
+from vlmtune.weights.shards import Shards, TensorInfo, describe, read_header
 from vlmtune.weights.strict import listed
 
 _WRAPPED = ("state_dict", "module", "model")
@@ -49,16 +49,6 @@ class Tensors:
         if name not in self._infos:
             raise WeightsError(f"no tensor {name}", where=str(self.folder))
         return self._read(name)
-
-
-def describe(name: str, dtype: torch.dtype, shape: Sequence[int], place: Path) -> TensorInfo:
-    """Raises:
-    WeightsError: a dtype that safetensors cannot hold.
-    """
-    try:
-        return TensorInfo(name, dtype_code(str(dtype).removeprefix("torch.")), tuple(shape))
-    except KeyError:
-        raise WeightsError(f"{name} has the dtype {dtype}", where=str(place), expected="plain numbers") from None
 
 
 def of_mapping(tensors: Mapping[str, torch.Tensor], place: Path) -> Tensors:

@@ -26,7 +26,8 @@ import torch
 
 from vlmtune.errors import WeightsError
 from vlmtune.weights import pickles
-from vlmtune.weights.foreign.tensors import Tensors, config_text, describe
+from vlmtune.weights.foreign.tensors import Tensors, config_text
+from vlmtune.weights.shards import describe
 
 _FLAT_2, _FLAT_3 = "single_partition_of_fp32_groups", "fp32_flat_groups"
 _ALIGNED_TO = 2  # numbers per rank: DeepSpeed pads each flat group of ZeRO-1 and -2 to a multiple of this × ranks

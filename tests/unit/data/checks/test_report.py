@@ -94,6 +94,19 @@ def test_good_rows(folder: Path, opened: OpenedFolder) -> None:
     assert " ".join(text.split()).endswith("--decode reads all of them.") and "Every row can be trained." in text
 
 
+def test_what_merging_leaves(folder: Path, tiny_folder: Callable[[str], Path]) -> None:
+    """16 patches, r = int(16 × 0.5 ÷ 3) = 2 in two of three layers: 12 tokens of each of two pictures."""
+    rows = [row("<image>\nWhat?", image="a.png"), row("<image>\nWhich?", image="thin.png"), row()]
+    for quick in (False, True):
+        report = report_on(folder, open_folder(tiny_folder("llava-merged")), rows, quick=quick)
+        data = report.as_dict()
+        assert (data["images"], data["visual_tokens"]) == (2, 24)
+        assert "0.5 leaves 12 of 16 tokens of 32×32 pixels (75.0 %)" in data["about_pictures"]
+        text = " ".join(shown(report).split())
+        share = "" if quick else f", {int(1000 * 24 / data['tokens']) / 10:g}% of all"
+        assert f"Pictures: 2 (with frames of videos), 24 tokens{share}; " in text and data["about_pictures"] in text
+
+
 def test_every_bad_row_is_listed_grouped_and_stops_the_run(folder: Path, opened: OpenedFolder) -> None:
     bad = [row("<image>" * (i + 2), image="a.png") for i in range(5)]
     bad += [row("<image>", image="gone.png"), row(answer=""), row("cat " * 300)]

@@ -184,6 +184,14 @@ def refused(path: Path, indices: list[int] | None = None, given: MediaOptions = 
     return caught.value.reason
 
 
+def test_one_video_twice_in_a_row(tmp_path: Path) -> None:
+    """As in a row with two `<video>` marks for one file; also of one frame."""
+    path = write_video(tmp_path / "a.mkv", codec="ffv1", num_frames=6)
+    for numbers in ([0, 2, 5, 0, 2, 5], [0, 0, 0], [4, 4]):
+        refs = [MediaRef(path=str(path), frame=i) for i in numbers]
+        assert [number_of(picture) for picture in video.open_pictures(refs, OPTIONS)] == numbers
+
+
 def test_what_is_no_video(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     for content, message in (

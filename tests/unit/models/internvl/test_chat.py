@@ -17,7 +17,7 @@ from vlmtune.data.sample import Image, MediaRef, Message, Part, Text
 from vlmtune.errors import ConfigError, WeightsError
 from vlmtune.models.family import ChatFormat, ModelFolder
 from vlmtune.models.internvl.chat import native_chat, official_chat
-from vlmtune.models.internvl.jinja import jinja
+from vlmtune.models.jinja import jinja
 from vlmtune.models.load import open_folder
 from vlmtune.models.native import refuse_style
 from vlmtune.models.template import lay_text, probe

@@ -11,40 +11,20 @@ import official
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepieces import write_model
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import import_protobuf
 
 from vlmtune.errors import WeightsError
 from vlmtune.models.family import ChatFormat, ModelFolder
 from vlmtune.models.internvl.tokenizer import check_fits, context_token_id, lone_space, open_tokenizer, write_native
 from vlmtune.models.text import TextEncoder
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6
 _RECORDED = Path(__file__).parents[3] / "fixtures" / "sentencepiece_ids.json"
 _IM = {"<|im_start|>": 270, "<|im_end|>": 271, "<img>": 275, "</img>": 276, "<IMG_CONTEXT>": 277, "<box>": 278}
 
 
-def pieces() -> list[tuple[str, float, int]]:
-    bytes_ = [(f"<0x{byte:02X}>", 0.0, _BYTE) for byte in range(256)]
-    # The ids do not follow the scores: "bc" is joined before "ab".
-    words = [("▁", -9.0, _NORMAL), ("a", -9.1, _NORMAL), ("b", -9.2, _NORMAL), ("c", -9.3, _NORMAL)]
-    words += [("ab", -2.0, _NORMAL), ("bc", -1.0, _NORMAL), ("▁a", -3.0, _NORMAL), ("[X]", 0.0, _USER)]
-    named = [("<unk>", 0.0, _UNKNOWN), ("<s>", 0.0, _CONTROL), ("</s>", 0.0, _CONTROL)]
-    spare = [(f"[SPARE_{i}]", 0.0, _USER) for i in range(8)]
-    return [*named, *bytes_, *words, *spare]
-
-
 def folder(place: Path, *, added: dict[str, int] | None = None, spec: Any = None, **settings_: Any) -> ModelFolder:
-    model = import_protobuf().ModelProto()
-    for text, score, kind in pieces():
-        model.pieces.add(piece=text, score=score, type=kind)
-    model.trainer_spec.model_type = 2
-    model.trainer_spec.byte_fallback = True
-    model.normalizer_spec.add_dummy_prefix = False
-    model.normalizer_spec.remove_extra_whitespaces = False
-    for name, value in (spec or {}).items():
-        setattr(model.normalizer_spec, name, value)
-    (place / "tokenizer.model").write_bytes(model.SerializeToString())
+    write_model(place, **(spec or {}))
     decoder = {str(number): {"content": text, "special": True} for text, number in (added or _IM).items()}
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
     described = {"tokenizer_class": "InternLM2Tokenizer", **names, "added_tokens_decoder": decoder, **settings_}

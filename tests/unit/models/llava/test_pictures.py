@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
 from rows import conversation, write_picture
 from transformers import LlavaConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from videos import write_video
@@ -24,6 +27,8 @@ from vlmtune.data.collate import collate
 from vlmtune.data.encode import encode
 from vlmtune.data.sample import MediaRef, Message, Sample, Text, Video
 from vlmtune.errors import ConfigError, DataError
+from vlmtune.export.write import export
+from vlmtune.files import write_json
 from vlmtune.models.auto.pictures import AutoSpec
 from vlmtune.models.llava import pictures
 from vlmtune.models.llava.pictures import Habits, LlavaSpec, llava_spec
@@ -31,6 +36,7 @@ from vlmtune.models.load import load_model, open_folder
 from vlmtune.nn.side_inputs import hand_over
 
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+WHOLE = MediaOptions(image=ImageOptions(token_merge_ratio=1.0))
 
 
 def config(tower: str = CLIP, **more: Any) -> LlavaConfig:
@@ -83,6 +89,23 @@ def test_a_picture_keeps_its_shape() -> None:
         pictures.plan([(1, 201)], spec)
 
 
+def test_what_is_beside_a_picture_is_black_as_the_tower_sees_black() -> None:
+    """AuroraCap's loader adds rows and columns to the picture, before its colours are brought to the tower's."""
+    spec = spec_of(fit="keep_aspect")
+    for size in ((55, 73), (100, 60)):
+        (plan,) = pictures.plan([size], spec)
+        scale = 56 / min(size)  # 55 × (56 / 55) is a little less than 56, and is rounded down
+        seen = int(size[0] * scale), int(size[1] * scale)
+        assert plan.resized == seen and (55 in seen) == (size == (55, 73))
+        picture = PIL.Image.effect_noise(size, 80).convert("RGB")
+        whole = np.zeros((*plan.layout[:2], 3), np.float32)
+        whole[: seen[1], : seen[0]] = np.asarray(picture.resize(seen, PIL.Image.Resampling.BICUBIC))
+        mean, std = (np.array(values, np.float32) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+        wanted = torch.from_numpy((whole / 255 - mean) / std).permute(2, 0, 1)
+        found = pictures.pixels(picture, plan, spec)["pixel_values"]
+        torch.testing.assert_close(found, pictures.as_patches(wanted, 14, 0)["pixel_values"], rtol=0, atol=1e-5)
+
+
 def test_a_size_of_ones_own() -> None:
     spec = spec_of(size=84)
     assert pictures.plan([(640, 480)], spec)[0].layout == (84, 84, 0)
@@ -112,6 +135,12 @@ def test_one_patch_is_nothing_for_siglip() -> None:
         spec_of(SIGLIP, size=14)
 
 
+def test_slow_fast_without_merging_is_refused() -> None:
+    with pytest.raises(ConfigError, match="has no effect: this model merges no tokens"):
+        spec_of(fit="pad_square", slow_fast=True)
+    assert spec_of(fit="pad_square", slow_fast=True, token_merge_ratio=1.0).ratio == 1, "one source beside merged ones"
+
+
 def test_several_feature_layers_and_other_processors_are_refused() -> None:
     media = MediaOptions(image=ImageOptions(token_merge_ratio=0.5))
     with pytest.raises(ConfigError, match="different numbers of tokens"):
@@ -121,24 +150,47 @@ def test_several_feature_layers_and_other_processors_are_refused() -> None:
 
 
 def test_what_is_recorded_is_what_is_read_again() -> None:
-    for options in ({"token_merge_ratio": 0.3}, {"fit": "keep_aspect", "swap_sides": True}, {"fit": "pad_square"}):
-        spec = spec_of(slow_fast=True, **options)
-        habits = pictures.habits_of({"vlmtune": pictures.record_of(spec)}, Habits())
-        assert llava_spec(config(), spec.image_processor, habits, MediaOptions()) == spec
+    own_shape: list[dict[str, Any]] = [{"fit": "keep_aspect", "swap_sides": swaps} for swaps in (True, False)]
+    for options in ({"token_merge_ratio": 0.3}, {"fit": "pad_square"}, *own_shape):
+        spec = spec_of(slow_fast="token_merge_ratio" in options, **options)
+        for fallback in (Habits(), Habits(fit="pad_square", swap_sides=True)):
+            habits = pictures.habits_of({"vlmtune": pictures.record_of(spec)}, fallback)
+            assert llava_spec(config(), spec.image_processor, habits, MediaOptions()) == spec
     assert pickle.loads(pickle.dumps(spec)).ratio == spec.ratio
 
 
 def test_merging_is_chosen_for_a_plain_folder(tiny_folder: Callable[[str], Path]) -> None:
     folder = tiny_folder("llava")
     assert isinstance(open_folder(folder).spec, AutoSpec)
-    whole = MediaOptions(image=ImageOptions(token_merge_ratio=1.0))
-    assert isinstance(open_folder(folder, whole).spec, AutoSpec)
+    assert isinstance(open_folder(folder, WHOLE).spec, AutoSpec)
     half = open_folder(folder, MediaOptions(image=ImageOptions(token_merge_ratio=0.5)))
     assert half.family.plan([(640, 480)], half.spec)[0].num_tokens == 12
     assert half.config.to_dict()["vlmtune"]["token_merge_ratio"] == 0.5
     with pytest.raises(ConfigError, match="merges no tokens") as refused:
         open_folder(folder, MediaOptions(video=VideoOptions(slow_fast=True)))
     assert refused.value.where == "model.video.slow_fast"
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava-merged"])
+def test_one_said_of_a_run_is_whole_pictures_in_its_export(
+    kind: str, tiny_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As left out for a folder that merges nothing; a folder that merges does so no more."""
+    run = shutil.copytree(tiny_folder(kind), tmp_path / "run")
+    write_json(run / "provenance.json", {"config": {"model": {"image": {"token_merge_ratio": 1.0}}}})
+    kept = open_folder(run, WHOLE).config.to_dict().get("vlmtune", {})
+    assert kept.get("token_merge_ratio", 1) == 1, "what a checkpoint says"
+    said = export(run, tmp_path / "said", device="cpu")
+    assert all(one.holds for one in said.comparisons) and not said.notes
+    left_out = export(tiny_folder("llava"), tmp_path / "left_out", device="cpu").out
+    opened, plain = open_folder(said.out), open_folder(left_out)
+    assert isinstance(opened.spec, AutoSpec)
+    assert opened.family.plan([(640, 480)], opened.spec) == plain.family.plan([(640, 480)], plain.spec)
+    parts = open_folder(export(run, tmp_path / "parts", layout="xtuner", verify="none", device="cpu").out)
+    assert (parts.spec.ratio, parts.spec.fit) == (1, None)
+    if kind == "llava":
+        texts = [{f.name: f.read_bytes() for f in folder.glob("*.json")} for folder in (said.out, left_out)]
+        assert all(text.pop("export.json") for text in texts) and texts[0] == texts[1]
 
 
 def test_the_true_share_is_told(tiny_folder: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
