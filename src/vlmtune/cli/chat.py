@@ -17,6 +17,7 @@ HELP = "ask a model about pictures and videos: an interactive conversation, or o
 EXAMPLES = """
 vlmtune chat runs/ui --image screen.png
 vlmtune chat exported/ui --image a.png --image b.png --ask "Which one is larger?"
+vlmtune chat exported/ui --image a.png --image b.png --ask "First: <image>, second: <image>. Which one is larger?"
 vlmtune chat exported/ui --image a.png --ask "What is this?" --json
 vlmtune chat exported/ui --video clip.mp4 --ask "What happens?"
 vlmtune chat exported/scroll --image scroll.jpg --embedding scroll.pt --ask "The characters are <embedding>. Read them."
@@ -26,14 +27,20 @@ vlmtune chat exported/scroll --image scroll.jpg --embedding scroll.pt --ask "The
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder, an adapter, or a run folder")
     parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture for the first turn; may be repeated"
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a picture for the first turn: where the question says <image> (or <ImageHere>), else in front of it; "
+        "may be repeated",
     )
     parser.add_argument(
         "--video",
         action="append",
         default=[],
         metavar="FILE",
-        help="a video, or a folder of its frames, for the first turn, behind the pictures; may be repeated",
+        help="a video, or a folder of its frames, for the first turn: where the question says <video>, else in front "
+        "of it, behind the pictures; may be repeated",
     )
     parser.add_argument(
         "--embedding",

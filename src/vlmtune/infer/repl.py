@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -25,8 +26,12 @@ HELP = (
 
 Medium = Image | Video | PseudoText
 
-MARK = "<embedding>"
-"""Where an embedding stands in a question."""
+_MARKS: dict[type[Medium], tuple[str, ...]] = {
+    Image: ("<image>", "<ImageHere>"),
+    Video: ("<video>",),
+    PseudoText: ("<embedding>",),
+}
+"""Where a medium stands in a question; without one that waits for a place, they are text."""
 
 
 @dataclass(slots=True)
@@ -85,21 +90,27 @@ class Conversation:
 
 
 def _content(media: Sequence[Medium], text: str) -> list[Part]:
-    """The question with the media: each on a line of its own in front, or embeddings where the text marks them."""
-    embeddings = [medium for medium in media if isinstance(medium, PseudoText)]
-    around = text.split(MARK) if embeddings else [text]
-    marked = len(around) > 1
-    if marked and len(around) - 1 != len(embeddings):
+    """The question with the media: where it marks them, else each on a line of its own in front, as rows have them."""
+    waiting: dict[type[Medium], list[Medium]] = {kind: [] for kind in _MARKS}
+    for medium in media:
+        waiting[type(medium)].append(medium)
+    marks = {mark: kind for kind, names in _MARKS.items() for mark in names if waiting[kind]}
+    pieces = re.split("(" + "|".join(map(re.escape, marks)) + ")", text) if marks else [text]
+    for kind, names in _MARKS.items():
+        _check_marks(waiting[kind], [piece for piece in pieces if piece in names and marks.get(piece)])
+    marked = {marks[piece] for piece in pieces if piece in marks}
+    # Templates with a newline of their own behind a medium take this one away.
+    parts: list[Part] = [part for medium in media if type(medium) not in marked for part in (medium, Text("\n"))]
+    return parts + [waiting[marks[piece]].pop(0) if piece in marks else Text(piece) for piece in pieces]
+
+
+def _check_marks(media: Sequence[Medium], said: Sequence[str]) -> None:
+    if said and len(said) != len(media):
+        mark = said[0]
         raise DataError(
-            f"the question says {MARK} {len(around) - 1} times, and {counted(embeddings)} would stand there",
-            expected=f"one {MARK} for each, or none: then they stand in front of the question",
+            f"the question says {mark} {len(said)} times, and {counted(media)} would stand there",
+            expected=f"one {mark} for each, or none: then they stand in front of the question",
         )
-    # As rows have them; templates with a newline of their own take this one away.
-    in_front = [medium for medium in media if not (marked and isinstance(medium, PseudoText))]
-    parts: list[Part] = [part for medium in in_front for part in (medium, Text("\n"))]
-    for i, words in enumerate(around):
-        parts += [*([embeddings[i - 1]] if i else []), Text(words)]
-    return parts
 
 
 def open_embedding(path: str | Path) -> PseudoText:

@@ -137,3 +137,28 @@ def test_embeddings_that_are_refused(tmp_path: Path) -> None:
     assert "gone.pt cannot be opened" in complaints[0] and "b.pt begins with b'no tensor'" in complaints[1]
     assert "the question says <embedding> 2 times, and 1 embedding would stand there; expected one" in complaints[2]
     assert [len(sample.messages[-1].parts) for sample in parrot.asked] == [1]
+
+
+def test_pictures_stand_where_the_question_marks_them(tmp_path: Path, picture: Path) -> None:
+    """Two names of one mark; a medium of another kind, which has none, stands in front."""
+    other = tmp_path / "dog.png"
+    PIL.Image.new("RGB", (8, 8)).save(other)
+    write_embedding(tmp_path / "one.pt", 3, 8)
+    parrot, _, complaints = talk(
+        f"/image {picture}", f"/image {other}", f"/embedding {tmp_path / 'one.pt'}",
+        "First: <ImageHere>, second: <image>. Which?", "what is <image>?",
+    )  # fmt: skip
+    first, second = Image(MediaRef(path=str(picture))), Image(MediaRef(path=str(other)))
+    words = PseudoText(MediaRef(path=str(tmp_path / "one.pt")))
+    assert not complaints
+    assert parrot.asked[0].messages[0].parts == (
+        words, Text("\nFirst: "), first, Text(", second: "), second, Text(". Which?"),
+    )  # fmt: skip
+    assert parrot.asked[1].messages[-1].parts == (Text("what is <image>?"),), "none waits, so it is text"
+
+
+@pytest.mark.parametrize(("marks", "count"), [("<image>", 1), ("<image> <image> <image>", 3)])
+def test_marks_and_pictures_that_differ_in_number(marks: str, count: int, picture: Path) -> None:
+    parrot, _, complaints = talk(f"/image {picture}", f"/image {picture}", marks)
+    assert not parrot.asked
+    assert f"the question says <image> {count} times, and 2 pictures would stand there" in complaints[0]
