@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from vlmtune.config.schema import MediaOptions
     from vlmtune.embed.labels import hold_out
     from vlmtune.embed.pages import find_pages
+    from vlmtune.embed.run import SETTINGS
     from vlmtune.embed.save import refuse_taken
     from vlmtune.infer.session import choose_device, torch_dtype
     from vlmtune.models.load import open_folder
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     targets, left_out = _targets(args, found.sources, opened)
     held = hold_out(targets, settings.held_out, by=settings.held_out_by, seed=settings.seed)
     _print_before(targets, held, left_out, settings)
-    for number, noun in ((len(found.bare), "picture"), (len(found.orphans), "JSON file")):
+    orphans = [file for file in found.orphans if file.name != SETTINGS]  # which `vlmtune embed` leaves in its folder
+    for number, noun in ((len(found.bare), "picture"), (len(orphans), "JSON file")):
         if number:
             print(f"  {number:,} {noun}{'s' if number > 1 else ''} without the other of its name")
     _fit(args, opened, targets, held, settings, device, torch_dtype(args.dtype) if args.dtype else None)
