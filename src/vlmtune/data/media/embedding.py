@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 from collections.abc import Collection
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     import torch
 
 _EXPECTED = "a tensor (n, d) of floating-point numbers, in a .safetensors file or as torch.save writes one (.pt)"
+# What torch reports damaged archives and pickles with.
+_DAMAGE = (
+    RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError,
+    struct.error,
+)  # fmt: skip
 _TYPES = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 
 
@@ -41,6 +47,13 @@ def _shape(tensor: torch.Tensor, ref: MediaRef) -> tuple[int, int]:
         raise DataError(f"{named} is a tensor {_written(size)}", expected=_EXPECTED)
     if 0 in size:
         raise DataError(f"{named} is empty: {_written(size)}", expected="one row at least")
+    if tensor.device.type != "cpu" or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        # Of a view that repeats its numbers, or a tensor without any: few bytes may claim to be any size.
+        raise DataError(
+            f"{named} is a tensor {_written(size)} of which not all numbers are in the file",
+            expected="every row with its own numbers",
+            remedy="Save a copy of it: torch.save(rows.clone().contiguous(), file).",
+        )
     return size[1], size[0]
 
 
@@ -114,13 +127,14 @@ def _unpickled(ref: MediaRef, stream: BinaryIO, *, mapped: bool) -> torch.Tensor
 
     if ref.key is not None:
         raise DataError(f"{name_of(ref)} names a tensor in a pickle", expected="a safetensors file before the #")
+    # Given a path, torch takes what is called .safetensors for that, whatever is in it.
+    mapped = mapped and not ref.path.endswith(".safetensors")
     source: Any = ref.path if mapped else stream
     try:
         found: object = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError:
         found = None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        # torch reports damaged archives and pickles with any of these
+    except _DAMAGE as error:
         raise _damaged(ref, error) from None
     if not isinstance(found, torch.Tensor) or found.layout != torch.strided:
         kind = "something else" if found is None else f"a {type(found).__name__}"

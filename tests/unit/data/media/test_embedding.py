@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,9 @@ def test_rows_of_every_form(tmp_path: Path, dtype: torch.dtype) -> None:
         saved(tmp_path / "parameter.pt", torch.nn.Parameter(tensor)),
         saved(tmp_path / "view.pt", tensor.T.contiguous().T),
         saved(tmp_path / "any.suffix", tensor),
+        saved(tmp_path / "pickle.safetensors", tensor),
+        saved(tmp_path / "old-pickle.safetensors", tensor, old=True),
+        safe(tmp_path / "stored.pt", a=tensor),
         safe(tmp_path / "one.safetensors", a=tensor),
     ]
     safe(tmp_path / "store.safetensors", **{"page/7": tensor, "other": torch.zeros(1, 9)})
@@ -79,6 +83,8 @@ class Trap:
         (ROWS[0], "the embedding a.pt is a tensor (4)"),
         (ROWS[None], "the embedding a.pt is a tensor (1, 3, 4)"),
         (ROWS[:0], "the embedding a.pt is empty: (0, 4); expected one row at least"),
+        (ROWS[:1].expand(10**9, 4), "the embedding a.pt is a tensor (1000000000, 4) of which not all numbers are"),
+        (ROWS.to("meta"), "the embedding a.pt is a tensor (3, 4) of which not all numbers are in the file"),
     ],
 )
 def test_pickles_that_are_refused(tmp_path: Path, value: object, said: str) -> None:
@@ -117,6 +123,24 @@ def test_other_files_that_are_refused(tmp_path: Path) -> None:
         embedding.shape(ref(tmp_path / "gone.pt"))
     with pytest.raises(DataError, match=r"whole\.pt#a names a tensor in a pickle"):
         embedding.shape(ref(tmp_path / "whole.pt", "a"))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("old", [False, True])
+def test_damaged_pickles_are_told_as_such(tmp_path: Path, old: bool) -> None:
+    """Whatever byte is wrong: torch has many words for it, a user reads one paragraph."""
+    whole = Path(saved(tmp_path / "whole.pt", ROWS, old=old).path).read_bytes()
+    generator, refused = random.Random(7), 0
+    for _ in range(300):
+        content = bytearray(whole)
+        content[generator.randrange(len(content))] = generator.randrange(256)
+        cut = generator.choice((len(whole), generator.randrange(len(whole))))
+        try:
+            embedding.rows(MediaRef(path="a.pt", inline=bytes(content[:cut])))
+        except DataError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 150
 
 
 def test_the_name_in_a_store(tmp_path: Path) -> None:
