@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -84,6 +85,26 @@ def refuse_bad_labels(bad: Sequence[str], *, queries: int) -> None:
     )
 
 
+def refuse_tokens_without_direction(sigma: torch.Tensor, targets: Sequence[Target]) -> None:
+    """
+    Args:
+        sigma: (vocabulary,), the deviations of the token embeddings.
+
+    Raises:
+        DataError: a label has a token that no row can be nearest to: beyond the embedding, or with one of one value.
+    """
+    known = {number for number, deviation in enumerate(sigma.tolist()) if deviation > 0}
+    bad = [target for target in targets if not known.issuperset(target.ids)]
+    if bad:
+        first = bad[0]
+        missing = min(set(first.ids) - known)
+        raise DataError(
+            f"the label {first.region.label!r:.40} has the token {missing}, of which the model has no embedding, or "
+            f"one of a single value; so have {len(bad) - 1:,} other labels",
+            where=str(first.page.json), expected="tokens that the model was trained with", remedy="Change the labels.",
+        )  # fmt: skip
+
+
 def choose_padding(sigma: torch.Tensor, tokenizer: PreTrainedTokenizerBase, targets: Sequence[Target]) -> int:
     """The token that queries are fitted to which a label leaves over, and whose rows are dropped afterwards.
 
@@ -126,11 +147,14 @@ def hold_out(targets: Sequence[Target], share: float, *, by: HeldOutBy, seed: in
     numbers = [pages.setdefault(key, len(pages)) for key in keys]
     order = list(range(len(pages)))
     random.Random(seed).shuffle(order)
+    sizes = Counter(numbers)
     held: set[int] = set()
+    count = 0
     for number in order:
-        if sum(one in held for one in numbers) >= share * len(targets):
+        if count >= share * len(targets):
             break
         held.add(number)
+        count += sizes[number]
     found = [number in held for number in numbers]
     if all(found):
         raise UsageError(

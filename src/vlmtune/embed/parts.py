@@ -10,7 +10,7 @@ from torch import nn
 
 from vlmtune.embed.codebook import Codebook
 from vlmtune.embed.encoder import CropFeatures, without_layers
-from vlmtune.embed.labels import Target, choose_padding
+from vlmtune.embed.labels import Target, choose_padding, refuse_tokens_without_direction
 from vlmtune.embed.resampler import PerceiverResampler, ResamplerShape
 from vlmtune.errors import UsageError
 from vlmtune.models.family import OpenedFolder
@@ -51,12 +51,14 @@ def open_parts(
         dtype: of the tower's arithmetic; the checkpoint's own without.
 
     Raises:
+        DataError: labels with tokens that the model does not know.
         UsageError: no token can be the padding, or not the one that was asked for.
     """
     model = without_layers(load_model(opened, dtype=dtype), opened).eval().requires_grad_(False)
     nn.Module.to(model, device)
     features = CropFeatures(model, opened.family, opened.spec)
     codebook = Codebook.of_embedding(features.embedding, where=str(opened.folder.path))
+    refuse_tokens_without_direction(codebook.sigma, targets)
     if padding_id is None:
         padding_id = choose_padding(codebook.sigma, opened.tokenizer, targets)
     elif not 0 <= padding_id < len(codebook) or codebook.sigma[padding_id] == 0:

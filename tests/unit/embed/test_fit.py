@@ -20,7 +20,14 @@ from vlmtune.embed import seen as seen_module
 from vlmtune.embed.codebook import Codebook
 from vlmtune.embed.encoder import RegionEncoder
 from vlmtune.embed.fit import FitSettings, chance, fit, unseen
-from vlmtune.embed.labels import Target, choose_padding, hold_out, refuse_bad_labels, targets_of
+from vlmtune.embed.labels import (
+    Target,
+    choose_padding,
+    hold_out,
+    refuse_bad_labels,
+    refuse_tokens_without_direction,
+    targets_of,
+)
 from vlmtune.embed.parts import Parts, open_parts
 from vlmtune.embed.regions import Page, Region
 from vlmtune.embed.resampler import PerceiverResampler, ResamplerShape
@@ -200,6 +207,14 @@ def test_padding_is_id_0_unless_it_cannot_be_told_or_is_a_label() -> None:
     assert choose_padding(ones, tokenizer, [Target(some, some.regions[0], (0, 2))]) == 1
     with pytest.raises(UsageError, match="--padding-id"):
         choose_padding(no_zero, tokenizer, [Target(some, some.regions[0], (1,))])
+
+
+def test_a_token_that_no_vector_can_be_nearest_to_is_refused() -> None:
+    page = page_of("x", "a", "b", "c")
+    targets = [Target(page, region, (number,)) for number, region in enumerate(page.regions, 1)]
+    refuse_tokens_without_direction(torch.ones(4), targets)
+    with pytest.raises(DataError, match=r"x.json: the label 'b' has the token 2, .*so have 1 other labels"):
+        refuse_tokens_without_direction(torch.tensor([1.0, 1, 0]), targets)
 
 
 @pytest.fixture
