@@ -138,7 +138,9 @@ def test_chat_answers_once(folder: Path, model: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out == said["answer"] + "\n"
 
 
-def test_chat_and_eval_with_embeddings(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_and_eval_with_embeddings(
+    folder: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     length = json.loads((model / "config.json").read_text())["text_config"]["hidden_size"]
     write_embedding(folder / "a.safetensors", 3, length, key="page")
     page = f"{folder / 'a.safetensors'}#page"
@@ -149,6 +151,12 @@ def test_chat_and_eval_with_embeddings(folder: Path, model: Path, capsys: pytest
         assert json.loads(capsys.readouterr().out)["embeddings"] == [page]
     assert main([*ask, "<embedding> <embedding>"]) == 3
     assert "the question says <embedding> 2 times, and 1 embedding would stand there" in capsys.readouterr().err
+
+    write_embedding(folder / "wide.pt", 3, length + 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("vlmtune.infer.session.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+        assert main(["chat", str(model), "--embedding", str(folder / "wide.pt"), "--ask", "?"]) == 3
+    assert f"wide.pt has rows of {length + 1} numbers; expected {length}" in capsys.readouterr().err
 
     turns = [{"from": "human", "value": "<embedding>?"}, {"from": "gpt", "value": "Yes."}]
     (folder / "rows.jsonl").write_text(json.dumps({"embedding": "a.safetensors#page", "conversations": turns}))

@@ -68,13 +68,15 @@ def run(args: argparse.Namespace) -> int:
     from vlmtune.infer.locate import locate
     from vlmtune.infer.repl import Conversation, converse, counted, open_embedding, open_picture, open_video
     from vlmtune.infer.session import load_located
+    from vlmtune.models.load import open_folder
 
     located = locate(args.model, base=args.base, checkpoint=args.checkpoint)
-    # A wrong picture is told before the model is loaded, which takes longer.
+    # A wrong picture, or an embedding for another model, is told before the model is loaded, which takes longer.
     pictures = [open_picture(path, located.media) for path in args.image]
     videos = [open_video(path, located.media) for path in args.video]
-    embeddings = [open_embedding(path) for path in args.embedding]
-    session = load_located(located, device=args.device, dtype=args.dtype)
+    opened = open_folder(str(located.model_folder), located.media)
+    embeddings = [open_embedding(path, opened) for path in args.embedding]
+    session = load_located(located, device=args.device, dtype=args.dtype, opened=opened)
     conversation = Conversation(session, args.max_new_tokens, pending=[*pictures, *videos, *embeddings])
     if args.ask is not None:
         return _answer_once(conversation, args)

@@ -188,27 +188,38 @@ def _plan(sample: Sample, opened: OpenedFolder) -> _RowMedia:
     return _RowMedia(tuple(media), tuple(films))
 
 
-def _plan_pseudo_text(part: PseudoText, opened: OpenedFolder) -> MediaPlan:
-    """
+def pseudo_text_size(ref: MediaRef, opened: OpenedFolder) -> Size:
+    """(d, n) of a file of pseudo-text for this model, from the header.
+
     Raises:
-        DataError: as `embedding.shape`; rows of another length than the model's, another number than was marked.
+        DataError: as `embedding.shape`; rows of another length than the model's.
     """
-    length, number = embedding.shape(part.ref)
+    length, number = embedding.shape(ref)
     wanted = int(opened.config.get_text_config().hidden_size)
-    name = embedding.name_of(part.ref)
     if length != wanted:
         raise DataError(
-            f"the embedding {name} has rows of {length:,} numbers",
+            f"the embedding {embedding.name_of(ref)} has rows of {length:,} numbers",
             expected=f"{wanted:,}, as the input of this model's language model has",
             remedy="Make it again with this model (`vlmtune embed`).",
         )
+    return length, number
+
+
+def _plan_pseudo_text(part: PseudoText, opened: OpenedFolder) -> MediaPlan:
+    """
+    Raises:
+        DataError: as `pseudo_text_size`; another number of rows than was marked.
+    """
+    size = pseudo_text_size(part.ref, opened)
+    number = size[1]
     if part.run not in (None, number):
         raise DataError(
-            f"the text holds a place of {part.run:,} reserved tokens, and the embedding {name} has {number:,} rows",
+            f"the text holds a place of {part.run:,} reserved tokens, and the embedding {embedding.name_of(part.ref)} "
+            f"has {number:,} rows",
             expected="one token for each row",
             remedy="Correct the number, or write <embedding> there, which stands for all rows.",
         )
-    return MediaPlan(size=(length, number), num_tokens=number, num_tiles=0, layout=(), is_pseudo_text=True)
+    return MediaPlan(size=size, num_tokens=number, num_tiles=0, layout=(), is_pseudo_text=True)
 
 
 RESERVED = "[UNUSED_TOKEN_140]"

@@ -17,6 +17,7 @@ from vlmtune.errors import DataError, VlmtuneError
 
 if TYPE_CHECKING:
     from vlmtune.infer.session import Session
+    from vlmtune.models.family import OpenedFolder
 
 HELP = (
     "/image PATH  add a picture to your next turn   /video PATH  add a video   /embedding PATH  add pseudo-text   "
@@ -63,9 +64,9 @@ class Conversation:
         """Put a file of pseudo-text (`page.pt`, `store.safetensors#page`) into the next turn.
 
         Raises:
-            DataError: no such file, or not a tensor (n, d); the conversation is as it was.
+            DataError: no such file, or not a tensor (n, d) for this model; the conversation is as it was.
         """
-        self.pending.append(open_embedding(path))
+        self.pending.append(open_embedding(path, self.session.opened))
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """The answer in pieces. The turn counts once the answer is complete; an interrupted one leaves no trace but
@@ -113,16 +114,22 @@ def _check_marks(media: Sequence[Medium], said: Sequence[str]) -> None:
         )
 
 
-def open_embedding(path: str | Path) -> PseudoText:
-    """A file of pseudo-text as a part of a message, read once to be sure that it can be.
+def open_embedding(path: str | Path, opened: OpenedFolder) -> PseudoText:
+    """A file of pseudo-text as a part of a message, read once to be sure that it can be, and is for this model.
 
     Raises:
         DataError: with the path as `where`.
     """
+    from vlmtune.data.encode import pseudo_text_size
     from vlmtune.data.media import embedding
 
     file, key = embedding.split_name(str(path))
-    return PseudoText(replace(_tried(file, lambda ref: embedding.rows(replace(ref, key=key))), key=key))
+
+    def read(ref: MediaRef) -> None:
+        named = replace(ref, key=key)
+        embedding.rows(named, pseudo_text_size(named, opened))
+
+    return PseudoText(replace(_tried(file, read), key=key))
 
 
 def open_picture(path: str | Path, options: MediaOptions) -> Image:

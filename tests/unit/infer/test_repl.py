@@ -21,6 +21,7 @@ class Parrot:
     """Answers with what it was asked, and keeps the samples."""
 
     located = SimpleNamespace(media=MediaOptions())
+    opened = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=8)))
 
     def __init__(self) -> None:
         self.asked: list[Sample] = []
@@ -132,8 +133,12 @@ def test_embeddings_that_are_refused(tmp_path: Path) -> None:
     write_embedding(tmp_path / "a.pt", 3, 8)
     (tmp_path / "b.pt").write_text("no tensor here")
     add = f"/embedding {tmp_path}/"
-    parrot, _, complaints = talk(f"{add}gone.pt", f"{add}b.pt", f"{add}a.pt", "<embedding> <embedding>", "<embedding>")
-    assert len(complaints) == 3 and all("\n" not in one for one in complaints)
+    write_embedding(tmp_path / "c.pt", 3, 9)
+    parrot, _, complaints = talk(
+        f"{add}gone.pt", f"{add}b.pt", f"{add}a.pt", "<embedding> <embedding>", "<embedding>", f"{add}c.pt"
+    )
+    assert len(complaints) == 4 and all("\n" not in one for one in complaints)
+    assert "c.pt has rows of 9 numbers; expected 8, as the input of" in complaints[3]
     assert "gone.pt cannot be opened" in complaints[0] and "b.pt begins with b'no tensor'" in complaints[1]
     assert "the question says <embedding> 2 times, and 1 embedding would stand there; expected one" in complaints[2]
     assert [len(sample.messages[-1].parts) for sample in parrot.asked] == [1]
