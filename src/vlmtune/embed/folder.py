@@ -180,7 +180,7 @@ def _read_config(folder: Path) -> tuple[EncoderConfig, Mapping[str, Any]]:
             padding_id=int(record.get("padding_id", PADDING_ID)),
             fit=record.get("fit") or {},
         )
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise WeightsError(f"cannot be read ({error})", where=str(file), expected="a region encoder's JSON") from error
     if config.regions and not 1 <= config.regions.least <= config.regions.most <= config.regions.square:
         raise WeightsError(f"regions are {config.regions}", where=str(file), expected="1 ≤ least ≤ most ≤ square")

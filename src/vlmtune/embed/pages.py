@@ -95,10 +95,16 @@ def below(root: Path, files: Sequence[Path]) -> list[str]:
     """The paths relative to `root`, as rows name their media.
 
     Raises:
-        UsageError: one lies elsewhere; such rows could not be read.
+        UsageError: one lies elsewhere, or has a name that is no text; such rows could not be read.
     """
     found = []
     for file in files:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"the name {str(file)!r} is not UTF-8, and rows are", where=str(root), remedy="Rename the file."
+            ) from None
         relative = Path(os.path.relpath(file.absolute(), root.absolute()))
         if ".." in relative.parts:
             raise UsageError(

@@ -14,7 +14,7 @@ of the two the annotator saw; without them the model's own habit counts (`data.e
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from vlmtune.errors import DataError
 MOST_NORMALISED = 2.0
 
 _MOST_BYTES = 256 * 2**20  # of a JSON; labelme may put the picture itself into it
+_FARTHEST = 1e15  # a coordinate; floats count pixels up to here one by one
+_HALF = re.compile("[\ud800-\udfff]")  # half of a character, which JSON can write and UTF-8 cannot
 _LISTED = 20  # bad regions that a message shows
 
 
@@ -197,12 +199,15 @@ def _record(file: Path) -> dict[str, Any]:
 
 def _stated_size(record: Mapping[str, Any], file: Path) -> Size | None:
     """imageWidth and imageHeight; None if neither is there."""
-    found = tuple(record.get(name) for name in ("imageWidth", "imageHeight"))
+    found: tuple[Any, Any] = (record.get("imageWidth"), record.get("imageHeight"))
     if found == (None, None):
         return None
-    if not all(isinstance(number, int | float) and number >= 1 and number == int(number) for number in found):
-        raise DataError(f"imageWidth is {found[0]!r}, imageHeight {found[1]!r}", where=str(file), expected="pixels")
-    return int(found[0]), int(found[1])  # type: ignore[arg-type]  # just checked
+    width, height = (int(number) if _is_number(number) and number >= 1 else 0 for number in found)
+    if 0 in (width, height) or (width, height) != found:
+        raise DataError(
+            f"imageWidth is {found[0]!r:.40}, imageHeight {found[1]!r:.40}", where=str(file), expected="pixels"
+        )
+    return width, height
 
 
 def _as_annotated(ref: MediaRef, media: MediaOptions, stated: Size | None, file: Path) -> tuple[MediaOptions, Size]:
@@ -230,11 +235,12 @@ def _corners(shape: Any) -> tuple[float, float, float, float] | str:
     """(left, top, right, bottom) as they stand in the file; or a clause on why there are none."""
     if not isinstance(shape, dict):
         return "is no object"
-    if not isinstance(shape.get("label") or "", str):
-        return f"has the label {shape['label']!r:.40}, which is no text"
+    label = shape.get("label") or ""
+    if not isinstance(label, str) or _HALF.search(label):
+        return f"has the label {label!r:.40}, which is no text"
     kind, points = shape.get("shape_type", "rectangle"), shape.get("points")
     if kind not in ("rectangle", None):
-        return f"is a {kind}, not a rectangle"
+        return f"is a {kind!s:.40}, not a rectangle"
     if not isinstance(points, list) or len(points) != 2:
         return f"has {len(points) if isinstance(points, list) else 'no'} points instead of two corners"
     if not all(isinstance(point, list) and len(point) == 2 and all(map(_is_number, point)) for point in points):
@@ -244,7 +250,8 @@ def _corners(shape: Any) -> tuple[float, float, float, float] | str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is finite and no larger than pixels can be: JSON has integers that no float holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FARTHEST
 
 
 def _box(

@@ -113,7 +113,7 @@ def shape_of(state: Mapping[str, torch.Tensor], *, heads: int | None, where: str
             f"these are not the weights of a resampler ({error})", where=where,
             expected="learns, layers.N.0.to_q.weight and the others of CalliReader's PerceiverResampler",
         ) from None  # fmt: skip
-    depth = 1 + max(int(found[1]) for name in state if (found := _LAYER.match(name)))
+    depth = len({found[1] for name in state if (found := _LAYER.match(name))})
     number = inner // PUBLISHED_HEAD_WIDTH if heads is None else heads
     if number < 1 or inner % number or (heads is None and inner % PUBLISHED_HEAD_WIDTH) or min(dim, queries) < 1:
         raise WeightsError(

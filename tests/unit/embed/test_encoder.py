@@ -193,6 +193,7 @@ def test_folders_that_hold_no_encoder(tmp_path: Path) -> None:
         ),
         ({**state, "norm.bias": torch.ones(3)}, "of another shape: norm.bias"),
         ({**state, "more": torch.ones(3)}, "not in the model: more"),
+        ({**state, "layers.1000000000.0.to_q.weight": torch.ones(3)}, "not in the model: layers.1000000000"),
     ):
         torch.save(held, tmp_path / "callialign.pth")
         with pytest.raises(WeightsError, match=words):
@@ -205,6 +206,8 @@ def test_folders_that_hold_no_encoder(tmp_path: Path) -> None:
         ('{"resampler": {"depth": 2}}', "resampler.depth is 2, and the weights have 1"),
         ('{"regions": {"square": 100}}', "1 ≤ least ≤ most ≤ square"),
         ('{"regions": {"edge": 100}}', "cannot be read"),
+        ('{"regions": {"square": Infinity}}', "cannot be read"),
+        ('{"padding_id": Infinity}', "cannot be read"),
         ('{"model_type": "llava"}', "this is a model"),
         ('{"kind": "region_encoder", "version": 2}', "version 2"),
     ):

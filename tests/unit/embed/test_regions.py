@@ -83,6 +83,10 @@ def test_bad_regions_are_listed_in_one_message(tmp_path: Path) -> None:
         ({"label": 7, "points": [[0, 0], [1, 1]]}, "has the label 7, which is no text"),
         ({"label": "a", "shape_type": "polygon", "points": [[0, 0], [1, 1]]}, "is a polygon, not a rectangle"),
         ({"label": "a", "points": [[0, 0], [1, True]]}, "not two pairs of numbers"),
+        ({"label": "a", "points": [[0, 0], [1, 10**400]]}, "not two pairs of numbers"),
+        ({"label": "a", "points": [[0, 0], [1, "1"]]}, "not two pairs of numbers"),
+        ({"label": "a\ud800", "points": [[0, 0], [1, 1]]}, r"has the label 'a\ud800', which is no text"),
+        ({"label": "a", "shape_type": "x" * 10**6, "points": []}, "is a " + "x" * 40 + ", not a rectangle"),
     ],
 )
 def test_shapes_of_another_kind(tmp_path: Path, shape: Any, words: str) -> None:
@@ -98,6 +102,9 @@ def test_shapes_of_another_kind(tmp_path: Path, shape: Any, words: str) -> None:
         ('{"shapes": []}', "no region is marked"),
         ('{"shapes": [{}], "imageWidth": "60", "imageHeight": 40}', "imageWidth is '60'"),
         ('{"shapes": [{}], "imageWidth": 61, "imageHeight": 40}', "made for a picture of 61×40 pixels, and a.png has"),
+        ('{"shapes": [{}], "imageWidth": Infinity, "imageHeight": 40}', "imageWidth is inf, imageHeight 40; expected"),
+        ('{"shapes": [{}], "imageWidth": 60, "imageHeight": 40.5}', "imageHeight 40.5; expected pixels"),
+        ('{"shapes": [{}], "imageWidth": 6%s, "imageHeight": 40}' % ("0" * 400), "imageWidth is 60{39}, imageHeight"),
         ("\udcff", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
     ],
@@ -170,3 +177,5 @@ def test_rows_may_not_lead_out_of_their_folder(tmp_path: Path) -> None:
     assert below(tmp_path, [tmp_path / "in" / "a.png"]) == ["in/a.png"]
     with pytest.raises(UsageError, match="is not below it"):
         below(tmp_path / "in", [tmp_path / "a.png"])
+    with pytest.raises(UsageError, match=r"\\udcff.png' is not UTF-8, and rows are"):
+        below(tmp_path, [tmp_path / "\udcff.png"])
