@@ -138,6 +138,51 @@ def test_other_settings_are_not_mixed_in(
     assert "4 of the files that would be written are there, and nothing tells" in capsys.readouterr().err
 
 
+def test_other_settings_are_refused_beside_outputs_of_other_pages(
+    encoder: Path, pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else their settings would be forgotten, and they would be kept the next time as what they are not."""
+    out = tmp_path / "emb"
+    assert encode(encoder, pages, "-o", out) == 0
+    for more in ((), ("--overwrite",)):
+        half = ("--file-dtype", "bfloat16", *more)
+        assert encode(encoder, pages, "-o", out, "--suffix", ".pt", *half) == 2
+        error = capsys.readouterr().err
+        assert "other settings (file_dtype), 4 of them not of these pages and this suffix, such as a.safet" in error
+        assert encode(encoder, pages / "深 处", "-o", out, *half) == 2
+    assert encode(encoder, pages, "-o", out) == 0
+    assert "; 4 pages kept from before" in capsys.readouterr().out
+    assert encode(encoder, pages / "深 处", "-o", out) == 0, "other pages of the same settings have a place there"
+    assert not list(out.rglob("*.pt")) and len(list(out.rglob("*.safetensors"))) == 5
+
+
+def test_nothing_is_replaced_unasked(
+    encoder: Path, pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, rows = tmp_path / "model.safetensors", pages / "rows.json"
+    file.write_bytes(b"of somebody")
+    arguments = (encoder, pages, "-o", pages / "emb", "--rows", rows)
+    assert encode(*arguments) == 0
+    rows.write_text(rows.read_text(encoding="utf-8").replace("天地玄", "worked on"), encoding="utf-8")
+    with monkeypatch.context() as patched:
+        patched.setattr("vlmtune.embed.encoder.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+        assert encode(encoder, pages / "a.png", "-o", file) == 2
+        assert f"{file}: is there. Choose another name" in capsys.readouterr().err
+        for text in (rows.read_text(encoding="utf-8").replace('"天"', '"worked on"', 1), "{", "{}", "[[]]"):
+            rows.write_text(text, encoding="utf-8")
+            assert encode(*arguments) == 2
+            assert f"{rows}: the file is there, and holds rows that would not be" in capsys.readouterr().err
+            assert rows.read_text(encoding="utf-8") == text
+    assert file.read_bytes() == b"of somebody"
+    assert encode(encoder, pages / "a.png", "-o", file, "--overwrite") == 0 and "embedding" in load_file(file)
+    assert encode(*arguments, "--overwrite") == 0
+    made = json.loads(rows.read_text(encoding="utf-8"))
+    assert [row["labels"][0] for row in made] == ["天"] * 4
+    rows.write_text(json.dumps(made[:2]))
+    assert encode(*arguments) == 0, "rows of a run of fewer pages are written again"
+    assert json.loads(rows.read_text(encoding="utf-8")) == made
+
+
 def test_bad_regions_refuse_the_whole_or_are_left_out_and_counted(
     encoder: Path, pages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=32, metavar="N", help="regions through the tower together (32)"
     )
     parser.add_argument("--max-image-pixels", type=int, metavar="N", help="larger pictures are refused (178956970)")
-    parser.add_argument("--overwrite", action="store_true", help="encode every page of a folder again")
+    parser.add_argument("--overwrite", action="store_true",
+        help="encode every page of a folder again, replace the FILE of one picture and rows that are there",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="arithmetic (the checkpoint's own)")
 
@@ -123,11 +124,12 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if args.pages.is_dir():
         if args.output.is_file() or args.output.suffix in (".safetensors", ".pt"):
             raise UsageError(f"{args.output} is a file", where="--output", expected="a folder: a folder is encoded")
-    elif args.suffix or args.overwrite:
-        name = "--suffix" if args.suffix else "--overwrite"
-        raise UsageError(f"{name} belongs to a folder of pictures", where="vlmtune embed", remedy="Remove it.")
+    elif args.suffix:
+        raise UsageError("--suffix belongs to a folder of pictures", where="vlmtune embed", remedy="Remove it.")
     elif args.output.suffix not in (".safetensors", ".pt"):
         raise UsageError(f"ends in {args.output.suffix!r}", where="--output", expected=".safetensors or .pt")
+    elif args.output.exists() and not args.overwrite:
+        raise UsageError("is there", where=str(args.output), remedy="Choose another name, or replace it: --overwrite.")
 
 
 def _media(args: argparse.Namespace) -> Any:
@@ -138,8 +140,8 @@ def _media(args: argparse.Namespace) -> Any:
 
 def _jobs(args: argparse.Namespace, found: Found, opened: OpenedFolder, rule: Any) -> tuple[list[Job], list[str]]:
     """What is to be encoded, and messages on pages that are left out; everything that can be refused is, here."""
-    from vlmtune.embed.pages import below
     from vlmtune.embed.regions import refuse_bad_regions
+    from vlmtune.embed.rows import refuse_other_rows
     from vlmtune.embed.run import Job, read_pages
 
     pages, failed = read_pages(found.sources, opened.media, rule)
@@ -158,9 +160,10 @@ def _jobs(args: argparse.Namespace, found: Found, opened: OpenedFolder, rule: An
             out = args.output
         jobs.append(Job(page, out))
     if args.rows:
-        root = args.root or args.rows.absolute().parent
-        below(root, [path for job in jobs for path in (job.page.picture, job.out)])
         _check_labels(args, [job.page for job in jobs])
+        rows = _rows(args, jobs)
+        if not args.overwrite:
+            refuse_other_rows(args.rows, rows)
     return jobs, failed
 
 
@@ -195,15 +198,13 @@ def _settings(args: argparse.Namespace, stored: EncoderFolder, opened: OpenedFol
     }
 
 
-def _write_rows(args: argparse.Namespace, jobs: list[Job], outcome: Outcome) -> None:
+def _rows(args: argparse.Namespace, jobs: list[Job]) -> list[dict[str, Any]]:
+    """One row for each page."""
     from vlmtune.embed.pages import below
-    from vlmtune.files import write_atomic
 
     root = args.root or args.rows.absolute().parent
     rows = []
     for job in jobs:
-        if job.out not in outcome.rows:
-            continue
         image, embedding = below(root, [job.page.picture, job.out])
         labels = [region.label for region in job.page.regions]
         row: dict[str, Any] = {"id": embedding.rpartition(".")[0], "image": image, "embedding": embedding}
@@ -215,11 +216,14 @@ def _write_rows(args: argparse.Namespace, jobs: list[Job], outcome: Outcome) -> 
         else:
             row["labels"] = labels
         rows.append(row)
-    if args.rows.suffix == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    else:
-        text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
-    write_atomic(args.rows, text)
+    return rows
+
+
+def _write_rows(args: argparse.Namespace, jobs: list[Job], outcome: Outcome) -> None:
+    from vlmtune.embed.rows import write_rows_file
+
+    rows = _rows(args, [job for job in jobs if job.out in outcome.rows])
+    write_rows_file(args.rows, rows)
     print(f"wrote {args.rows}: {_many(len(rows), 'row')}" + ("" if args.ask else ", still without conversations"))
 
 

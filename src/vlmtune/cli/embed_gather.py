@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rows", type=Path, metavar="FILE", required=True, help="the same rows with the store's names (.json, .jsonl)"
     )
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder that paths in the rows start from (ROWS' own)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a store and rows that are there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"is {path}", where=where, expected=f"a file with the suffix {' or '.join(suffixes)}")
     from vlmtune.embed.gather import gather
 
-    done = gather(args.rows_in, args.output, args.rows, root=args.root)
+    done = gather(args.rows_in, args.output, args.rows, root=args.root, overwrite=args.overwrite)
     print(
         f"{done.files:,} embeddings of {done.vectors:,} vectors ({done.num_bytes / 1e6:,.1f} MB) in {args.output}; "
         f"wrote {args.rows}: {done.rows:,} rows"

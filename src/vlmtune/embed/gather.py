@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterable
@@ -16,8 +15,8 @@ from vlmtune.data.media import embedding
 from vlmtune.data.rows.corpus import Source, open_corpus
 from vlmtune.data.sample import MediaRef
 from vlmtune.embed.pages import below
-from vlmtune.errors import DataError, VlmtuneError
-from vlmtune.files import write_atomic
+from vlmtune.embed.rows import write_rows_file
+from vlmtune.errors import DataError, UsageError, VlmtuneError
 from vlmtune.progress import track
 from vlmtune.weights.places import SINGLE
 from vlmtune.weights.shards import TensorInfo, dtype_code, write_shards
@@ -38,24 +37,29 @@ class Gathered:
     num_bytes: int
 
 
-def gather(rows: Path, store: Path, out: Path, *, root: Path | None = None) -> Gathered:
+def gather(rows: Path, store: Path, out: Path, *, root: Path | None = None, overwrite: bool = False) -> Gathered:
     """Writes the files that the rows name into `store`, and the same rows to `out`, naming the tensors there.
 
-    A tensor is called as its file is in the rows, and keeps its numbers. `store` replaces an older one once it is
-    whole; `out` is written after it.
+    A tensor is called as its file is in the rows, and keeps its numbers. `out` is written once `store` is whole.
 
     Args:
         rows: .json or .jsonl; out: with one of these suffixes.
         root: folder that paths in the rows start from, above `store`; the folder of `rows` if left out.
+        overwrite: replace `store` and `out` where they are there.
 
     Raises:
         DataError: rows that cannot be read, or name no embedding; a file that is no floating (n, d) tensor or has NaN
             or infinity in it, with the origin of its first row. Nothing is written then.
-        UsageError: `store` does not lie below the root.
+        UsageError: `store` does not lie below the root; `store` or `out` is there.
         VlmtuneError: `store` or `out` cannot be written.
     """
     root = (root or rows.parent).absolute()
     (name,) = below(root, [store])
+    for file in (store, out):
+        if file.exists() and not overwrite:
+            raise UsageError(
+                "is there", where=str(file), remedy="Choose another name, or replace what is there with --overwrite."
+            )
     (source,) = open_corpus([SourceConfig(path=str(rows.absolute()), root=str(root))]).sources
     refs: dict[str, tuple[MediaRef, str]] = {}  # name in the rows -> its file, and the first row that names it
     changed = [_with_store(source, i, name, refs) for i in range(len(source))]
@@ -63,7 +67,7 @@ def gather(rows: Path, store: Path, out: Path, *, root: Path | None = None) -> G
         raise DataError("no row names an embedding", where=str(rows), expected="`embedding` in some of them")
     plan = [_info(file, *found) for file, found in refs.items()]
     _write(store, plan, refs)
-    write_atomic(out, _text(changed, lines=out.suffix == ".jsonl"))
+    write_rows_file(out, changed)
     return Gathered(
         rows=len(changed),
         files=len(plan),
@@ -129,9 +133,3 @@ def _write(store: Path, plan: list[TensorInfo], refs: dict[str, tuple[MediaRef, 
             where=str(store),
             remedy="Free some space, or choose another folder.",
         ) from error
-
-
-def _text(rows: list[dict[str, Any]], *, lines: bool) -> str:
-    if lines:
-        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import PIL.Image
 import torch
@@ -32,7 +32,7 @@ from vlmtune.progress import track
 SETTINGS = "embed.json"
 TENSOR = "embedding"
 """Name of the only tensor in a .safetensors file."""
-Suffix = Literal[".safetensors", ".pt"]
+SUFFIXES = (".safetensors", ".pt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,24 +184,36 @@ def claim(folder: Path, jobs: Sequence[Job], settings: Mapping[str, Any], *, ove
         overwrite: the outputs of these pages are deleted first.
 
     Raises:
-        UsageError: the folder has outputs of other settings, or of unknown ones.
+        UsageError: the folder has outputs of other settings, or of unknown ones; those of other pages stay as they are
+            whatever `overwrite` says, so other settings are refused beside them.
     """
     file = folder / SETTINGS
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         known = None
-    there = sum(job.out.exists() for job in jobs)
+    there = 0 if overwrite else sum(job.out.exists() for job in jobs)
+    remedy = "Choose another folder, or encode everything again with --overwrite."
     found = ""
-    if not isinstance(known, dict):
+    if not isinstance(known, dict) and there:
         found = f"{there} of the files that would be written are there, and nothing tells how they were made"
-    elif differ := [key for key in settings if known.get(key) != settings[key]]:
-        found = f"the folder holds embeddings of other settings ({', '.join(differ)})"
-    if found and there and not overwrite:
-        raise UsageError(
-            found, where=str(folder), remedy="Choose another folder, or encode everything again with --overwrite."
-        )
+    elif isinstance(known, dict) and (differ := [key for key in settings if known.get(key) != settings[key]]):
+        others = _others(folder, jobs)
+        if there or others:
+            found = f"the folder holds embeddings of other settings ({', '.join(differ)})"
+        if others:
+            found += f", {len(others):,} of them not of these pages and this suffix, such as {others[0]}"
+            remedy = "Choose another folder."
+    if found:
+        raise UsageError(found, where=str(folder), remedy=remedy)
     if overwrite:
         for job in jobs:
             job.out.unlink(missing_ok=True)
     write_atomic(file, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _others(folder: Path, jobs: Sequence[Job]) -> list[Path]:
+    """The embedding files below a folder, relative to it, that these jobs do not write."""
+    ours = {job.out for job in jobs}
+    found = (file for suffix in SUFFIXES for file in folder.rglob(f"*{suffix}") if file not in ours)
+    return sorted(file.relative_to(folder) for file in found)

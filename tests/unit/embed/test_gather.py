@@ -66,6 +66,22 @@ def test_the_rows_name_the_same_tensors(rows: Path, capsys: pytest.CaptureFixtur
     ]
 
 
+def test_what_is_there_is_replaced_when_asked(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, store, out = rows.parent, rows.parent / "all.safetensors", rows.parent / "new.jsonl"
+    given = ["embed", "gather", str(rows), "-o", str(store), "--rows"]
+    before = rows.read_bytes()
+    assert main([*given, str(rows)]) == 2
+    assert "rows.json: is there. Choose another name" in capsys.readouterr().err
+    assert main([*given, str(out)]) == 0
+    made = out.read_bytes(), store.read_bytes()
+    out.unlink()
+    assert main([*given, str(out)]) == 2
+    assert "all.safetensors: is there" in capsys.readouterr().err
+    assert main([*given, str(out), "--overwrite"]) == 0
+    assert (out.read_bytes(), store.read_bytes()) == made and rows.read_bytes() == before
+    assert len(tensors(out, root)) == 6
+
+
 def test_a_bad_file_names_its_row_and_leaves_nothing(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = rows.parent
     command = ["embed", "gather", str(rows), "-o", str(root / "all.safetensors"), "--rows", str(root / "new.json")]
