@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vlmtune.cli.main import main
+from vlmtune.config.schema import SourceConfig
+from vlmtune.data.rows.corpus import open_corpus
 from vlmtune.embed.codebook import Nearest, statistics
 from vlmtune.embed.encoder import CropFeatures, RegionEncoder
 from vlmtune.embed.folder import EncoderConfig, write_encoder
@@ -263,6 +265,8 @@ def none_of(rows: torch.Tensor) -> Nearest:
         (("{pages}", "-o", "x", "--rows", "y.txt"), "expected .json or .jsonl"),
         (("{pages}", "-o", "x", "--rows", "{pages}/r.json"), "is not below it"),
         (("{a}", "-o", "x.pt", "--batch-size", "0"), "expected 1 or more"),
+        (("{a}", "-o", "x.pt", "--hard-vq", "nan"), "expected a cosine"),
+        (("{pages}", "-o", "x", "--rows", "r.json", "--ask", "<embedding> <embedding>?"), "holds <embedding> more"),
         (("{a}", "-o", "x.pt", "--max-image-pixels", "100"), "at most 100"),
     ],
 )
@@ -276,6 +280,22 @@ def test_what_makes_no_sense_is_refused_before_the_model_is_loaded(
     assert encode(encoder, *given) in (2, 3)
     assert words in capsys.readouterr().err
     assert sorted(os.listdir(tmp_path)) == ["pages"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        ("Of <image>: <embedding>?", "Of <image>: <embedding>?"),
+        ("Read <embedding>.", "<image>\nRead <embedding>."),
+    ],
+)
+def test_a_question_may_say_where_they_stand(encoder: Path, pages: Path, asked: str, written: str) -> None:
+    """As in `vlmtune chat`; a second mark would make rows that are refused."""
+    rows = pages / "rows.json"
+    assert encode(encoder, pages, "-o", pages / "emb", "--rows", rows, "--ask", asked) == 0
+    for i, row in enumerate(json.loads(rows.read_text(encoding="utf-8"))):
+        assert row["conversations"][0]["value"] == written
+        assert len(open_corpus([SourceConfig(path=str(rows))]).sample(i).messages[0].parts) >= 3
 
 
 def test_an_answer_needs_labels(encoder: Path, pages: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ vlmtune embed CalliReader/params scroll.jpg --model models/InternVL2-8B -o scrol
 """
 
 _SHOWN = 5
+_MARKS = ("<image>", "<embedding>")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root", type=Path, metavar="DIR", help="folder that paths in the rows start from (that of the rows)"
     )
-    parser.add_argument("--ask", metavar="TEXT", help="the rows' question; the answer is the regions' labels in order")
+    parser.add_argument("--ask", metavar="TEXT",
+        help="the rows' question, behind picture and embedding, or with <image> and <embedding> where they belong; the "
+        "answer is the regions' labels in order",
+    )  # fmt: skip
     parser.add_argument("--joint", metavar="TEXT", default="", help="between two labels of an answer (nothing)")
     parser.add_argument(
         "--skip-bad-regions", action="store_true",
@@ -116,6 +120,10 @@ def run(args: argparse.Namespace) -> int:
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise UsageError(f"is {args.batch_size}", where="--batch-size", expected="1 or more")
+    if args.hard_vq is not None and not -1 <= args.hard_vq <= 1:
+        raise UsageError(f"is {args.hard_vq}", where="--hard-vq", expected="a cosine, -1 to 1")
+    if twice := [mark for mark in _MARKS if args.ask and args.ask.count(mark) > 1]:
+        raise UsageError(f"holds {twice[0]} more than once", where="--ask", expected="one, or none: then in front")
     for name, needs in (("ask", "rows"), ("root", "rows"), ("joint", "ask")):
         if vars(args)[name] and not vars(args)[needs]:
             raise UsageError(f"--{name} needs --{needs}", where="vlmtune embed")
@@ -209,8 +217,9 @@ def _rows(args: argparse.Namespace, jobs: list[Job]) -> list[dict[str, Any]]:
         labels = [region.label for region in job.page.regions]
         row: dict[str, Any] = {"id": embedding.rpartition(".")[0], "image": image, "embedding": embedding}
         if args.ask:
+            front = "".join(f"{mark}\n" for mark in _MARKS if mark not in args.ask)
             row["conversations"] = [
-                {"from": "human", "value": f"<image>\n<embedding>\n{args.ask}"},
+                {"from": "human", "value": front + args.ask},
                 {"from": "gpt", "value": args.joint.join(labels)},
             ]
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,16 @@ class CropFeatures:
         """transformers types its modules as Tensor | Module; this is the same object without the detour."""
         return self.model
 
-    @property
+    @cached_property
+    @torch.no_grad()
     def embedding(self) -> torch.Tensor:
-        """The weight of the language model's input embedding (vocabulary, d)."""
-        weight: torch.Tensor = self._model.get_input_embeddings().weight
-        return weight
+        """What the language model's layers see of each token (vocabulary, d): the weight of its input embedding.
+
+        Embeddings of a class of their own (Gemma's) scale what they give, and that is what pseudo-text replaces.
+        """
+        layer = self._model.get_input_embeddings()
+        weight: torch.Tensor = layer.weight
+        return weight if type(layer) is nn.Embedding else layer(torch.arange(len(weight), device=weight.device))
 
     def pixels(self, crop: PIL.Image.Image) -> dict[str, torch.Tensor]:
         """The model inputs of a region that was cut out of its page (RGB)."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -13,10 +14,11 @@ import pytest
 import torch
 from llava_models import xtuner_folder
 from safetensors.torch import save_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from xcomposer2_models import furnish
 
 from vlmtune.embed.codebook import Codebook, statistics
-from vlmtune.embed.encoder import RegionEncoder
+from vlmtune.embed.encoder import CropFeatures, RegionEncoder
 from vlmtune.embed.folder import EncoderConfig, read_encoder, write_encoder
 from vlmtune.embed.regions import Region, SquareRule
 from vlmtune.embed.resampler import PerceiverResampler, ResamplerShape, load_resampler
@@ -176,6 +178,18 @@ def test_the_files_that_callireader_publishes(suffix: str, tiny_folder: Callable
     torch.testing.assert_close(found.encode_crops(crops(2)).rows, expected.rows, atol=1e-6, rtol=0)
     (params / "config.json").write_text('{"resampler": {"heads": 4}}')
     assert RegionEncoder.open(params, model).resampler.shape == replace(shape, heads=4, dim_head=16)
+
+
+def test_rows_are_what_a_scaling_embedding_gives() -> None:
+    """Gemma's multiplies by the square root of its width; pseudo-text stands behind that."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**small, "vocab_size": 50, "num_key_value_heads": 1, "head_dim": 8}
+    config = Gemma3Config(text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14})
+    model: Any = Gemma3ForConditionalGeneration(config).eval()
+    nothing: Any = None
+    codebook = Codebook.of_embedding(CropFeatures(model, nothing, nothing, SquareRule()).embedding)
+    ids = torch.arange(1, 50)
+    torch.testing.assert_close(codebook.restored(codebook.normed[ids], ids), model.get_input_embeddings()(ids).detach())
 
 
 def test_folders_that_hold_no_encoder(tmp_path: Path) -> None:
