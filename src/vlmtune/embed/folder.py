@@ -31,6 +31,7 @@ from vlmtune.weights.strict import unreadable
 WEIGHTS, CONFIG = "encoder.safetensors", "config.json"
 KIND, VERSION = "region_encoder", 1
 _PUBLISHED = {"resampler": "callialign", "statistics": "gauss_norm_mu_sigma", "normed": "gauss_norm"}
+_WIDEST = 8192  # pixels of a region's square; no tower sees as many, and each region would take 200 MB
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 _RESAMPLER, _MU_SIGMA, _NORMED = "resampler.", "mu_sigma", "normed_embedding.weight"
 
@@ -182,8 +183,10 @@ def _read_config(folder: Path) -> tuple[EncoderConfig, Mapping[str, Any]]:
         )
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise WeightsError(f"cannot be read ({error})", where=str(file), expected="a region encoder's JSON") from error
-    if config.regions and not 1 <= config.regions.least <= config.regions.most <= config.regions.square:
-        raise WeightsError(f"regions are {config.regions}", where=str(file), expected="1 ≤ least ≤ most ≤ square")
+    if config.regions and not 1 <= config.regions.least <= config.regions.most <= config.regions.square <= _WIDEST:
+        raise WeightsError(
+            f"regions are {config.regions}", where=str(file), expected=f"1 ≤ least ≤ most ≤ square ≤ {_WIDEST}"
+        )
     return config, shape
 
 

@@ -24,6 +24,7 @@ class PseudoText(SideInputs):
     """A child of the input embedding, without parameters, whose hook on it writes the rows.
 
     Only an output for ids of the mask's shape is written to: the tokens that `generate` adds one by one have none.
+    So beams, or a `generate` without a cache, would not see the rows; `infer.session` uses neither.
     Copies of the embedding (PEFT makes one to train it) have a child of their own.
     """
 

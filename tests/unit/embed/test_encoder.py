@@ -219,6 +219,7 @@ def test_folders_that_hold_no_encoder(tmp_path: Path) -> None:
         ('{"resampler": {"heads": "7"}}', "'7' is no int"),
         ('{"resampler": {"depth": 2}}', "resampler.depth is 2, and the weights have 1"),
         ('{"regions": {"square": 100}}', "1 ≤ least ≤ most ≤ square"),
+        ('{"regions": {"square": 1000000000}}', "most ≤ square ≤ 8192"),
         ('{"regions": {"edge": 100}}', "cannot be read"),
         ('{"regions": {"square": Infinity}}', "cannot be read"),
         ('{"padding_id": Infinity}', "cannot be read"),
