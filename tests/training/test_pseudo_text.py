@@ -59,7 +59,7 @@ def test_an_official_model_learns_to_read_embeddings(
 ) -> None:
     """Two questions differ in their embedding alone, and are answered right; vision stays as it was, and the export in
     the official layout answers as the run does."""
-    section = {"epochs": 18, "learning_rate": 5e-3, "schedule": "constant", "activation_checkpointing": True}
+    section = {"epochs": 36, "learning_rate": 2e-3, "schedule": "constant", "activation_checkpointing": True}
     data = {"max_length": 1024}
     config = make_config(tmp_path, official("internlm2"), rows, tuning=TUNING, train=section, data=data)
     result = train(config)
