@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 from killed import start
 from runs import losses, make_config, write_rows, write_yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import vlmtune
 from vlmtune.errors import ConfigError, ExportError, WeightsError
@@ -108,6 +109,22 @@ def test_official_to_native_and_back_is_bit_exact(tmp_path: Path, tiny_folder: C
         assert json.loads((back.out / "config.json").read_text()) == json.loads((base / "config.json").read_text())
         tower, written = (json.loads((one / "vision_tower_config.json").read_text()) for one in (base, back.out))
         assert tower.items() <= {**written, "architectures": tower["architectures"]}.items()
+
+
+def test_a_tower_trains_beside_an_adapter_on_a_base_without_the_unused_norm(
+    tmp_path: Path, tiny_folder: Callable[[str], Path], rows: Path
+) -> None:
+    """The publisher's training leaves it out where it trained the tower; PEFT's copy of the tower has it."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder("xcomposer2"), base)
+    whole = load_file(base / "model.safetensors")
+    save_file({n: t for n, t in whole.items() if "post_layernorm" not in n}, base / "model.safetensors")
+    tuning = {"method": "lora", "rank": 4, "train": ["vision"]}
+    result = _train(tmp_path, base, rows, tuning=tuning, train={"max_steps": 1, "precision": "bfloat16"})
+    for layout in ("official", "native"):
+        out = export(result.run_dir, tmp_path / layout, layout=layout, device="cpu").out
+        assert not any("post_layernorm" in name for name in load_file(out / "model.safetensors"))
+        assert_same_logits(_logits(result.run_dir), _logits(out))
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(

@@ -7,8 +7,7 @@ other. What is asked, and what is allowed, is that of `verify`.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -175,18 +174,14 @@ def _names_on_disk(bare: PreTrainedModel, table: NameTable, source: Shards) -> d
         shape = link.shapes(source.infos[link.disk].shape)[link.parameters.index(place)]
         if shape != tuple(state[name].shape):
             mismatched.append((name, shape, tuple(state[name].shape)))
-    missing = _but(bare._keys_to_ignore_on_load_missing, [name for name, place in places.items() if place is None])
+    missing = strict.demanded(
+        (name for name, place in places.items() if place is None), bare._keys_to_ignore_on_load_missing
+    )
     unknown = [disk for disk in source.infos if disk not in table.links]
-    unexpected = _but(bare._keys_to_ignore_on_load_unexpected, unknown)
+    unexpected = strict.demanded(unknown, bare._keys_to_ignore_on_load_unexpected)
     complaints = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
     strict.check_loading(complaints, where=str(source.folder))
     return found
-
-
-def _but(ignored: Iterable[str] | None, names: Sequence[str]) -> list[str]:
-    """The names that none of the regular expressions finds itself in."""
-    patterns = [re.compile(one) for one in ignored or ()]
-    return [name for name in names if not any(pattern.search(name) for pattern in patterns)]
 
 
 def _fill_buffers(model: nn.Module, names: Mapping[str, str], stream: Stream, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ def check_loading(info: Mapping[str, Any], *, where: str) -> None:
             where=where,
             remedy="Download the folder again, or check that config.json belongs to these files.",
         )
+
+
+def demanded(names: Iterable[str], ignored: Iterable[str] | None) -> list[str]:
+    """The names that a model class does not let pass; `ignored` are its `_keys_to_ignore_on_load_*`, or None."""
+    patterns = [re.compile(one) for one in ignored or ()]
+    return [name for name in names if not any(pattern.search(name) for pattern in patterns)]
 
 
 def listed(names: Iterable[str]) -> str:
