@@ -107,6 +107,7 @@ def test_official_to_native_and_back_is_bit_exact(tmp_path: Path, tiny_folder: C
         before, after = load_file(base / "model.safetensors"), load_file(back.out / "model.safetensors")
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         assert json.loads((back.out / "config.json").read_text()) == json.loads((base / "config.json").read_text())
+        assert not back.notes
         tower, written = (json.loads((one / "vision_tower_config.json").read_text()) for one in (base, back.out))
         assert tower.items() <= {**written, "architectures": tower["architectures"]}.items()
 
@@ -227,7 +228,9 @@ def test_peft_opens_an_adapter_on_an_official_base_through_a_native_one(
     theirs, ours = auto_peft_logits(result.best, tmp_path)
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
     # An export goes back to the official layout.
-    assert export(result.run_dir, tmp_path / "out", device="cpu").layout == "official"
+    back = export(result.run_dir, tmp_path / "out", device="cpu")
+    assert back.layout == "official"
+    assert [note for note in back.notes if re.search("of 42 pixels, and were of 28 in the base.*build_mlp.py", note)]
     # The second run finds the native base; nothing is written again.
     written = (native / "model.safetensors").stat().st_mtime_ns
     _train(tmp_path / "b", base, rows, **sections, train={"max_steps": 1})

@@ -52,13 +52,21 @@ def _write_official(opened: OpenedFolder, out: Path) -> list[str]:
     native.copy_files(kept, out, more=records.code(kept))
     if (tower := tower_file(config)) is not None:
         write_json(out / TOWER_FILE, tower)
-    said = {**(official or official_of(config)), "img_size": cast(CLIPVisionConfig, config.vision_config).image_size}
+    size, before = cast(CLIPVisionConfig, config.vision_config).image_size, (official or {}).get("img_size")
+    said = {**(official or official_of(config)), "img_size": size}
     if config.max_tiles != XComposer2Config.max_tiles:
         said[RECORD] = {"max_tiles": config.max_tiles}
     write_json(out / "config.json", said)
+    notes = []
+    if before not in (None, size):
+        notes.append(
+            f"pictures are squares of {size} pixels, and were of {before} in the base: the official code has the grid "
+            "of its positions as a constant in build_mlp.py (resize_pos), to be changed before it opens the folder"
+        )
     if records.code(kept):
-        return []
+        return notes
     return [
+        *notes,
         "the base has no official Python files; to load the folder with the official code, copy them from a model "
-        "repository"
+        "repository",
     ]
