@@ -8,6 +8,7 @@ folders internlm-xcomposer2-7b, -vl-7b and -4khd-7b.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isqrt
 from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
@@ -15,7 +16,7 @@ from transformers import CLIPVisionConfig
 
 from vlmtune.errors import WeightsError
 from vlmtune.files import read_json
-from vlmtune.models.decoders import COPY_CONFIG, INTERNLM2, check_counts, text_config
+from vlmtune.models.decoders import COPY_CONFIG, INTERNLM2, check_activation, check_counts, text_config
 from vlmtune.models.family import ModelFolder
 from vlmtune.models.xcomposer2.configuration import XComposer2Config
 from vlmtune.models.xcomposer2.weights import PATCHES, POSITIONS, SEPARATOR
@@ -42,7 +43,8 @@ _RANK_OF = "model.layers.0.attention.{}.Plora_A.weight"
 
 def is_official(config: Mapping[str, Any]) -> bool:
     """By the architecture: model_type is internlm, internlm2 or internlmxcomposer2 in folders of the same model."""
-    return _ARCHITECTURE in (config.get("architectures") or ())
+    named = config.get("architectures")
+    return isinstance(named, list) and _ARCHITECTURE in named
 
 
 def native_config(folder: ModelFolder) -> XComposer2Config:
@@ -77,13 +79,24 @@ def native_config(folder: ModelFolder) -> XComposer2Config:
         raise WeightsError(f"config.json: {' '.join(str(error).split())}", where=where, remedy=COPY_CONFIG) from error
 
 
-def _vision(folder: ModelFolder, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+def _vision(folder: ModelFolder, shapes: Mapping[str, Shape]) -> CLIPVisionConfig:
     """The tower's sizes; its picture size is the one that the table of positions is for."""
     where = str(folder.path)
     file = folder.path / TOWER_FILE
     known = read_json(file) if file.is_file() else _CLIP_L_336
-    width, _, patch, _ = _shape(shapes, PATCHES, where)
-    positions = _shape(shapes, POSITIONS, where)[0]
+    missing = [name for name in ("hidden_size", "patch_size") if name not in known]
+    if missing:
+        raise WeightsError(
+            f"has no {' and no '.join(missing)}", where=str(file), expected="the fields of a CLIPVisionConfig",
+            remedy="Copy the tower's configuration again.",
+        )  # fmt: skip
+    width, _, patch, _ = _shape(shapes, PATCHES, where, axes=4)
+    patches = _shape(shapes, POSITIONS, where)[0] - 1
+    if patches < 1 or isqrt(patches) ** 2 != patches:
+        raise WeightsError(
+            f"the tensor {POSITIONS} has {patches + 1} rows", where=where, expected="1 + n² rows",
+            remedy="Download the folder again.",
+        )  # fmt: skip
     if (width, patch) != (known["hidden_size"], known["patch_size"]):
         raise WeightsError(
             f"the vision tower has a width of {width} and patches of {patch} pixels",
@@ -91,15 +104,31 @@ def _vision(folder: ModelFolder, shapes: Mapping[str, Shape]) -> dict[str, Any]:
             expected=f"{known['hidden_size']} and {known['patch_size']}, as {TOWER_FILE} or CLIP-L/14 have them",
             remedy=f"Write the tower's configuration (of its own folder, a CLIPVisionConfig) to {TOWER_FILE}.",
         )
-    return {**known, "image_size": round((positions - 1) ** 0.5) * patch}
+    return _tower({**known, "image_size": isqrt(patches) * patch}, where=str(file) if file.is_file() else where)
 
 
-def _shape(shapes: Mapping[str, Shape], name: str, where: str) -> Shape:
+def _tower(fields: dict[str, Any], *, where: str) -> CLIPVisionConfig:
+    try:
+        vision = CLIPVisionConfig(**fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise WeightsError(
+            " ".join(str(error).split()), where=where, remedy="Copy the tower's configuration again."
+        ) from error
+    check_activation(vision.hidden_act, field="the tower", where=where)
+    return vision
+
+
+def _shape(shapes: Mapping[str, Shape], name: str, where: str, *, axes: int = 2) -> Shape:
     if name not in shapes:
         raise WeightsError(
             f"there is no tensor {name} in the files", where=where,
             expected="all tensors of InternLM-XComposer2, partial LoRA and vision tower among them",
             remedy="Download the folder again. Adapters alone are opened by `vlmtune chat`, `eval` and `export`.",
+        )  # fmt: skip
+    if len(shapes[name]) != axes:
+        raise WeightsError(
+            f"the tensor {name} has the shape {shapes[name]}", where=where, expected=f"{axes} axes",
+            remedy="Download the folder again.",
         )  # fmt: skip
     return shapes[name]
 
