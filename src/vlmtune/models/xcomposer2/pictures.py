@@ -166,8 +166,9 @@ def about(spec: XComposer2Spec) -> str:
     """How pictures are seen, for `vlmtune info`."""
     if not spec.high_resolution:
         return f"stretched to a square of {spec.size} pixels"
+    tiles = f"{spec.max_tiles} tile{'' if spec.max_tiles == 1 else 's'}"
     return (
-        f"enlarged to fill up to {spec.max_tiles} tiles of {spec.size} pixels, padded with white, and shown once more "
+        f"enlarged to fill up to {tiles} of {spec.size} pixels, padded with white, and shown once more "
         "as a whole in front of the tiles"
     )
 

@@ -243,3 +243,8 @@ def test_the_picture_of_a_batch_without_pictures_is_one_tile() -> None:
     opened: Any = SimpleNamespace(family=pictures, spec=_spec(max_tiles=16))
     found = smallest_picture(opened)
     assert found["tile_grids"].tolist() == [[1, 1]] and len(found["pixel_values"]) == 2
+
+
+@pytest.mark.parametrize(("most", "said"), [(1, "up to 1 tile of 56 pixels"), (16, "up to 16 tiles of 56 pixels")])
+def test_a_single_tile_is_said_as_such(most: int, said: str) -> None:
+    assert said in pictures.about(XComposer2Spec(high_resolution=True, size=56, patch=14, max_tiles=most))
