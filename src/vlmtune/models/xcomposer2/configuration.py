@@ -41,3 +41,13 @@ class XComposer2Config(PreTrainedConfig):
             if not isinstance(given, PreTrainedConfig):
                 setattr(self, name, kind(**(given or {})))
         super().__post_init__(**kwargs)
+
+    def validate_numbers(self) -> None:
+        """`strict` runs this; by itself it looks at no field whose annotation is postponed."""
+        for name in ("max_tiles", "partial_rank", "partial_wqkv_rank"):
+            value = vars(self)[name]
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a whole number from 1 on")
+        for name in ("partial_scale", "partial_wqkv_scale", "partial_dropout"):
+            if not isinstance(vars(self)[name], int | float):
+                raise ValueError(f"{name} is {vars(self)[name]!r}; expected a number")

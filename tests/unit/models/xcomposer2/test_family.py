@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,25 @@ def test_the_length_of_training_rows_is_no_limit_of_answers(tmp_path: Path) -> N
     assert "max_length" in json.loads((folder / "config.json").read_bytes())
     model = load_model(open_folder(folder))
     assert model.generation_config is not None and model.generation_config.max_length is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config: config.pop("text_config"), "config.json has no text_config"),
+        (lambda config: config.update(vision_config="clip"), "config.json has no vision_config"),
+        (lambda config: config["text_config"].pop("vocab_size"), "text_config has no 'vocab_size'"),
+        (lambda config: config["text_config"].update(num_hidden_layers="2"), "num_hidden_layers is '2'"),
+        (lambda config: config["vision_config"].update(hidden_size="x"), "config.json: .*hidden_size"),
+        (lambda config: config.update(partial_rank="8"), "config.json: .*partial_rank is '8'"),
+        (lambda config: config.update(max_tiles=0), "config.json: .*max_tiles is 0"),
+        (lambda config: config.update(partial_scale="2"), "config.json: .*partial_scale is '2'"),
+    ],
+)
+def test_a_broken_config_of_a_native_folder_is_said(change: Callable[[Any], object], said: str, tmp_path: Path) -> None:
+    native = export(furnish(RECORDS / "vl", tmp_path / "vl"), tmp_path / "native", layout="native", verify="none").out
+    config = json.loads((native / "config.json").read_text(encoding="utf-8"))
+    change(config)
+    (native / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(WeightsError, match=said):
+        open_folder(native)
