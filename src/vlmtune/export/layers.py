@@ -178,7 +178,7 @@ def _names_on_disk(bare: PreTrainedModel, table: NameTable, source: Shards) -> d
         (name for name, place in places.items() if place is None), bare._keys_to_ignore_on_load_missing
     )
     unknown = [disk for disk in source.infos if disk not in table.links]
-    unexpected = strict.demanded(unknown, bare._keys_to_ignore_on_load_unexpected)
+    unexpected = strict.unread(unknown, bare)
     complaints = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
     strict.check_loading(complaints, where=str(source.folder))
     return found

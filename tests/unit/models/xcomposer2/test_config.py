@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from xcomposer2_models import official_folder
 
 from vlmtune.errors import WeightsError
+from vlmtune.export.write import export
+from vlmtune.infer.describe import describe
+from vlmtune.infer.locate import locate
 from vlmtune.models.load import open_folder
 from vlmtune.models.xcomposer2.weights import PATCHES, POSITIONS
 
@@ -86,3 +89,25 @@ def test_tensors_of_a_wrong_shape(folder: Path, name: str, shape: tuple[int, ...
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, name: torch.zeros(shape)}, folder / "model.safetensors", metadata={"format": "pt"})
     _refused(folder, expected)
+
+
+def test_buffers_that_older_versions_wrote_pass_everywhere(folder: Path, tmp_path: Path) -> None:
+    """Loading lets them pass, so that a run starts: its export and `info` must then take them as well."""
+    before = load_file(folder / "model.safetensors")
+    old = {
+        "vit.vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
+        "model.layers.0.attention.rotary_emb.inv_freq": torch.ones(8),
+    }
+    lost = {name for name in before if "post_layernorm" in name}  # nor are these read by anything
+    held = {name: tensor for name, tensor in before.items() if name not in lost}
+    save_file({**held, **old}, folder / "model.safetensors", metadata={"format": "pt"})
+    found = describe(locate(str(folder)))
+    assert (found.unknown, found.missing) == (0, 0)
+    native = export(folder, tmp_path / "native", layout="native", verify="layers", device="cpu").out
+    back = export(native, tmp_path / "back", layout="official", verify="full", device="cpu").out
+    after = load_file(back / "model.safetensors")
+    assert after.keys() - lost == held.keys() and all(torch.equal(after[name], held[name]) for name in held)
+    save_file({**held, "model.foo": torch.ones(8)}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert describe(locate(str(folder))).unknown == 1
+    with pytest.raises(WeightsError, match=r"model\.foo"):
+        export(folder, tmp_path / "none", layout="native", device="cpu")
