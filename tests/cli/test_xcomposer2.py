@@ -126,3 +126,11 @@ def test_pictures_of_more_tokens_than_can_be_counted(run_yaml: Path, capsys: pyt
     bad = json.loads(out.read_text())["bad"]
     assert [entry["origin"] for entry in bad] == ["vl.json:1", "vl.json:2", "vl.json:3"]
     assert all("tokens; expected at most 2,147,483,647" in entry["reason"] for entry in bad)
+
+
+def test_a_data_txt_for_the_evaluation_has_no_numbers(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write(run_yaml.parent, GOOD)
+    assert main(["check", str(run_yaml), f"data.eval={{path: {run_yaml.parent}/data.txt}}"]) == 2
+    assert "take the numbers out of a copy of the list" in " ".join(capsys.readouterr().err.split())
+    (run_yaml.parent / "eval.txt").write_text("vl.json\ntext.json\n")
+    assert main(["check", str(run_yaml), f"data.eval={{path: {run_yaml.parent}/eval.txt}}"]) == 0, capsys.readouterr()
