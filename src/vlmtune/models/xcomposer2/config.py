@@ -26,7 +26,8 @@ from vlmtune.weights.shards import Shards
 TOWER_FILE = "vision_tower_config.json"
 """A CLIPVisionConfig beside config.json, for towers other than the publisher's; their folders need none."""
 RECORD = "vlmtune"
-"""Key of an official config.json under which it says what the publisher's has no word for: {max_tiles}."""
+"""Key of an official config.json under which it says what the publisher's has no word for: {max_tiles, chat}."""
+UNSAID = ("max_tiles", "chat")
 _ARCHITECTURE = "InternLMXComposer2ForCausalLM"
 _CLIP_L_336 = {
     "hidden_size": 1024,
@@ -57,13 +58,14 @@ def native_config(folder: ModelFolder) -> XComposer2Config:
     shapes = {name: info.shape for name, info in Shards(folder.path).infos.items()}
     decoder = {**folder.config, "model_type": INTERNLM2}
     high_resolution = SEPARATOR in shapes
+    kept: dict[str, Any] = folder.config.get(RECORD) or {}
     try:
         check_counts(decoder, field="config.json", where=where)
         return XComposer2Config(
             text_config=text_config(decoder, tied=False, where=where),
             vision_config=_vision(folder, shapes),
             high_resolution=high_resolution,
-            max_tiles=(folder.config.get(RECORD) or {}).get("max_tiles", XComposer2Config.max_tiles),
+            **{name: kept[name] for name in UNSAID if name in kept},
             partial_rank=_shape(shapes, _RANK_OF.format("wo"), where)[0],
             partial_wqkv_rank=_shape(shapes, _RANK_OF.format("wqkv"), where)[0],
             partial_wqkv_scale=_HIGH_RESOLUTION_SCALE if high_resolution else 1.0,

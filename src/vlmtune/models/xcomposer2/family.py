@@ -127,7 +127,8 @@ class XComposer2Family:
         spec: XComposer2Spec,
         style: ChatStyle | None,
     ) -> ChatFormat:
-        return chat.chat_format(cast(PreTrainedTokenizerFast, tokenizer), style)
+        own = cast(ChatStyle | None, _own_config(folder).chat)
+        return chat.chat_format(cast(PreTrainedTokenizerFast, tokenizer), style or own)
 
     def boxes(self, folder: ModelFolder) -> BoxFormat:
         del folder

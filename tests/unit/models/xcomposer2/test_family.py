@@ -134,3 +134,24 @@ def test_a_broken_config_of_a_native_folder_is_said(change: Callable[[Any], obje
     (native / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(WeightsError, match=said):
         open_folder(native)
+
+
+@pytest.mark.parametrize("style", ["official", "newline"])
+def test_exports_keep_the_form_of_conversations_that_was_trained(style: Any, tmp_path: Path) -> None:
+    opened = open_folder(furnish(RECORDS / "vl", tmp_path / "vl"), MediaOptions(chat=style))
+    for layout in ("native", "official"):
+        (out := tmp_path / layout).mkdir()
+        opened.family.write_files(opened, layout, out)
+        for file in (tmp_path / "vl").glob("*.safetensors"):  # for the sizes of an official folder
+            (out / file.name).symlink_to(file.resolve())
+        assert open_folder(out).chat == opened.chat
+    assert open_folder(tmp_path / "vl").chat != opened.chat
+
+
+def test_an_unknown_form_of_conversations_is_said(tmp_path: Path) -> None:
+    folder = furnish(RECORDS / "vl", tmp_path / "vl")
+    said = {**json.loads((folder / "config.json").read_bytes()), "vlmtune": {"chat": "loud"}}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(WeightsError, match="chat is 'loud'; expected null or official"):
+        open_folder(folder)
