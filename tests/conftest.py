@@ -26,17 +26,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_folder(kind)`: the folder of a tiny random model, made once per session; `official-<decoder>` as well."""
-    from official_models import official_folder
+    """`tiny_folder(kind)`: the folder of a tiny random model, made once per session: a kind of transformers' own,
+    `official-<decoder>` (InternVL), or one of InternLM-XComposer2's."""
+    import official_models
+    import xcomposer2_models
     from tiny import save_tiny
 
     made: dict[str, Path] = {}
 
+    def make(kind: str, into: Path) -> Path:
+        if kind in xcomposer2_models.KINDS:
+            return xcomposer2_models.official_folder(kind, into)
+        if kind in xcomposer2_models.NATIVE:
+            return xcomposer2_models.native_folder(folder(kind.removesuffix("-native")), into)
+        if kind.startswith("official-"):
+            return official_models.official_folder(kind.removeprefix("official-"), into)
+        return save_tiny(kind, into)
+
     def folder(kind: str) -> Path:
         if kind not in made:
-            into = tmp_path_factory.mktemp("models") / kind
-            official = kind.removeprefix("official-")
-            made[kind] = save_tiny(kind, into) if official == kind else official_folder(official, into)
+            made[kind] = make(kind, tmp_path_factory.mktemp("models") / kind)
         return made[kind]
 
     return folder

@@ -111,9 +111,9 @@ def check_native(folder: OpenedFolder, out: Path) -> None:
     num = 3
     shown = plain.start_image_token + plain.context_image_token * num + plain.end_image_token  # InternVLProcessor
     for system in ((), (("system", ["Be brief.\n"]),))[: 2 if folder.chat.system_opening else 1]:
-        for turns in _DIALOGUES:
+        for turns in DIALOGUES:
             dialogue = [*system, *turns]
-            ours = _row(dialogue)
+            ours = dialogue_sample(dialogue)
             counted = with_counts(folder, [num] * len(ours.images))
             prompt = dialogue[-1][0] == "user"
             encoded = encode_prompt(ours, counted) if prompt else encode(ours, counted)
@@ -121,7 +121,7 @@ def check_native(folder: OpenedFolder, out: Path) -> None:
                 if as_text and ours.images:
                     continue
                 rendered = plain.apply_chat_template(
-                    [{"role": role, "content": _content(parts, as_text)} for role, parts in dialogue],
+                    [{"role": role, "content": content_of(parts, as_text)} for role, parts in dialogue],
                     tokenize=False,
                     add_generation_prompt=prompt,
                 )
@@ -134,7 +134,7 @@ def check_native(folder: OpenedFolder, out: Path) -> None:
 
 
 _IMAGE = None
-_DIALOGUES: list[list[tuple[str, list[str | None]]]] = [
+DIALOGUES: list[list[tuple[str, list[str | None]]]] = [
     [("user", [" What? "])],
     [("user", [_IMAGE, "\nWhat is it?"]), ("assistant", ["A cat."])],
     [("user", ["A: ", _IMAGE, "\nB: ", _IMAGE, " same?\n"]), ("assistant", ["No."]), ("user", ["Why?"])],
@@ -142,12 +142,12 @@ _DIALOGUES: list[list[tuple[str, list[str | None]]]] = [
 ]
 
 
-def _row(dialogue: Sequence[tuple[str, Sequence[str | None]]]) -> Sample:
+def dialogue_sample(dialogue: Sequence[tuple[str, Sequence[str | None]]]) -> Sample:
     parts = [(role, tuple(Image(_PICTURE) if part is None else Text(part) for part in said)) for role, said in dialogue]
     return Sample(messages=tuple(Message(role, said) for role, said in parts), origin="dialogue")  # type: ignore[arg-type]
 
 
-def _content(parts: Sequence[str | None], as_text: bool) -> Any:
+def content_of(parts: Sequence[str | None], as_text: bool) -> Any:
     if as_text:
         return "".join(part or "" for part in parts)
     return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
@@ -212,7 +212,7 @@ class Statement:
                 parts += [(assistant, True, False), ("", False, True), (text, False, True), (sep, True, True)]
         if prompt:
             parts.append((assistant, True, False))
-        return self._tokens(parts)
+        return self.tokens(parts)
 
     def _question(self, text: str, left: list[int]) -> list[tuple[str | int, bool, bool]]:
         if self.gathers and MARK in text:
@@ -232,7 +232,8 @@ class Statement:
             ]
         return parts
 
-    def _tokens(self, parts: Sequence[tuple[str | int, bool, bool]]) -> tuple[list[int], list[int]]:
+    def tokens(self, parts: Sequence[tuple[str | int, bool, bool]]) -> tuple[list[int], list[int]]:
+        """Ids and labels. parts: text or a number of picture ids, whether the template writes it, whether trained."""
         tokens = specials(self.tokenizer)
         pattern = re.compile("(" + "|".join(re.escape(text) for text in sorted(tokens, key=len, reverse=True)) + ")")
         plain = _plain(self.tokenizer)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-_OWN = Path(__file__).parent / "golden"
+OWN = Path(__file__).parent / "golden"
+"""The slim copy of the records that is part of this repository."""
 _SHARED = Path(__file__).parents[2] / "shared" / "golden"
 
 
@@ -20,7 +21,7 @@ def root() -> Path:
     Raises:
         pytest.UsageError: VLMTUNE_GOLDEN names no folder; without that, every test would be skipped.
     """
-    folder = Path(os.environ.get("VLMTUNE_GOLDEN") or _OWN).absolute()
+    folder = Path(os.environ.get("VLMTUNE_GOLDEN") or OWN).absolute()
     if not folder.is_dir():
         raise pytest.UsageError(f"VLMTUNE_GOLDEN: there is no folder {folder}")
     return folder
@@ -28,7 +29,7 @@ def root() -> Path:
 
 def skip_if_partial() -> None:
     """For tests that every kind of record is there: other folders of the form may hold a part of them."""
-    if root().resolve() not in (_OWN.resolve(), _SHARED.resolve()):
+    if root().resolve() not in (OWN.resolve(), _SHARED.resolve()):
         pytest.skip(f"{root()} need not hold every kind of record")
 
 

@@ -63,7 +63,7 @@ def write_yaml(folder: Path, model: Path, rows: Path, sections: Mapping[str, Map
     return folder / "run.yaml"
 
 
-def make_config(folder: Path, model: Path, rows: Path, **sections: Mapping[str, Any]) -> RunConfig:
+def make_config(folder: Path, model: Path, rows: Path, /, **sections: Mapping[str, Any]) -> RunConfig:
     return load_config(write_yaml(folder, model, rows, sections))
 
 

@@ -148,6 +148,36 @@ def test_official_folders_train_like_one_process(tmp_path: Path, rows: Path, eva
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategies", [("ddp", "zero3"), ("fsdp2",)], ids="-".join)
+def test_partial_lora_where_a_rank_has_text_alone(
+    tmp_path: Path, tiny_folder: Callable[[str], Path], strategies: tuple[str, ...]
+) -> None:
+    """A layer for visual tokens runs on every rank, on nothing where there are none, and forwards and backwards equally
+    often: with one picture among four rows some rank has none in every step."""
+    model = tiny_folder("xcomposer2-4khd")
+    rows = write_rows(tmp_path / "rows", num=12, text_only=9)
+    data = {"packing": False, "max_length": 1024}
+    train_section = {"global_batch_size": 4, "extra": {"adam_epsilon": 1e-3}}
+    sections: dict[str, Any] = {"tuning": {"method": "full"}, "train": train_section, "data": data}
+    one = train(make_config(tmp_path / "one", model, rows, **sections)).run_dir
+    cases = []
+    for strategy in strategies:
+        sections["train"] = {**train_section, "strategy": strategy, "activation_checkpointing": True}
+        yaml = write_yaml(tmp_path / strategy, model, rows, sections)
+        cases.append({"config": str(yaml), "wrapper": WRAPPERS[strategy], "stop_at": 0})
+    two_processes(cases, tmp_path)
+    (file,) = (one / "checkpoint-3").glob("*model.safetensors")
+    for strategy in strategies:
+        run = tmp_path / strategy / "run"
+        assert len(losses(run)) == 3
+        for mine, theirs in zip(losses(run), losses(one), strict=True):
+            assert mine[1] == pytest.approx(theirs[1], rel=1e-5), strategy
+        found = load_file(run / "checkpoint-3" / "model.safetensors")
+        for name, tensor in load_file(file).items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=f"{strategy} {name}")
+
+
+@pytest.mark.timeout(600)
 def test_merged_pictures_of_unequal_shapes(
     tmp_path: Path, tiny_folder: Callable[[str], Path], rows: Path, eval_rows: Path
 ) -> None:

@@ -22,7 +22,7 @@ from vlmtune.infer.locate import Located, locate
 from vlmtune.infer.session import load
 from vlmtune.weights.shards import Shards
 
-FOLDERS = (*KINDS, "official-internlm2", "official-phi3")
+FOLDERS = (*KINDS, "official-internlm2", "official-phi3", "xcomposer2", "xcomposer2-4khd")
 
 
 def _both_ways(path: Path, into: Path, **options: Any) -> list[ExportResult]:
@@ -50,6 +50,7 @@ def test_logits_are_those_of_the_model_in_memory(kind: str, tiny_folder: Callabl
         ("official-internlm2", None, "bfloat16", "official"),
         ("official-internlm2", "lora", "float32", "native"),
         ("official-internlm2", "dora", "bfloat16", "official"),
+        ("xcomposer2-4khd", "lora", "bfloat16", "official"),
     ],
 )
 def test_figures_are_those_of_full(

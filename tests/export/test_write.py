@@ -25,7 +25,7 @@ from vlmtune.infer.session import load
 from vlmtune.models.load import open_folder
 from vlmtune.weights.shards import Shards
 
-KINDS = ("internvl", "llava", "qwen2_5_vl", "smolvlm")
+KINDS = ("internvl", "llava", "qwen2_5_vl", "smolvlm", "xcomposer2", "xcomposer2-4khd-native")
 
 
 @pytest.fixture
@@ -199,6 +199,8 @@ def test_an_unknown_layout_and_a_moved_base(adapter_folder: Callable[[str, str],
         ("internvl", {"max_tiles": 2}),
         ("qwen2_5_vl", {"max_pixels": 56 * 56 * 2}),
         ("qwen2_5_vl", {"min_pixels": 100 * 100}),
+        ("xcomposer2", {"size": 42}),
+        ("xcomposer2-4khd-native", {"max_tiles": 6}),
     ],
 )
 def test_pictures_are_cut_as_in_training(

@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from official_models import DECODERS
 from rows import conversation, varied_samples, write_picture
 from tiny import KINDS
 from transformers import AutoImageProcessor, AutoTokenizer, InternVLProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.video_utils import VideoMetadata
 from videos import numbered, write_video
+from xcomposer2_models import KINDS as XCOMPOSER2
+from xcomposer2_models import NATIVE as XCOMPOSER2_NATIVE
 
 from vlmtune import compat
 from vlmtune.config.schema import MediaOptions, VideoOptions
@@ -40,7 +44,7 @@ PIXELS = 10_000_000
 OFFICIAL = tuple(f"official-{decoder}" for decoder in DECODERS)
 
 
-@pytest.fixture(scope="module", params=[*sorted(KINDS), *OFFICIAL])
+@pytest.fixture(scope="module", params=[*sorted(KINDS), *OFFICIAL, *XCOMPOSER2, *XCOMPOSER2_NATIVE])
 def opened(request: pytest.FixtureRequest, tiny_folder: Callable[[str], Path]) -> OpenedFolder:
     return open_folder(tiny_folder(request.param))
 
@@ -59,6 +63,15 @@ def is_merged(opened: OpenedFolder) -> bool:
     return "vlmtune" in opened.folder.config
 
 
+def has_no_picture_token(opened: OpenedFolder) -> bool:
+    """XComposer2: pictures stand where the token types say so; <unk> stands there, which no text becomes."""
+    return opened.family.name == "xcomposer2"
+
+
+def placeholder(opened: OpenedFolder) -> int:
+    return 0 if has_no_picture_token(opened) else opened.config.image_token_id
+
+
 def encoded(samples: list[Sample], opened: OpenedFolder) -> list[Encoded]:
     return [encode(sample, opened) for sample in samples]
 
@@ -72,13 +85,55 @@ def processor(opened: OpenedFolder, tmp_path_factory: pytest.TempPathFactory) ->
     """Plain transformers' processor for the model: of its folder, or of its native export."""
     if is_merged(opened):
         return AutoFamily().media_spec(opened.folder, opened.tokenizer, MediaOptions()).processor
-    if opened.family.name != "internvl":
+    if opened.family.name not in ("internvl", "xcomposer2"):
         return opened.spec.processor
     folder = opened.folder.path
     if opened.layout != NATIVE:
         folder = tmp_path_factory.mktemp("native") / "out"
         export(opened.folder.path, folder, layout=NATIVE, verify="none")
-    return internvl_processor(folder)
+    return xcomposer2_processor(folder, opened) if has_no_picture_token(opened) else internvl_processor(folder)
+
+
+def xcomposer2_processor(folder: Path, opened: OpenedFolder) -> XComposer2Processor:
+    vision = opened.config.vision_config
+    edge = {"height": vision.image_size, "width": vision.image_size}
+    return XComposer2Processor(
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        image_processor=CLIPImageProcessorPil(size=edge, do_center_crop=False, resample=3),
+        high_resolution=opened.config.high_resolution,
+        grid=vision.image_size // vision.patch_size,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class XComposer2Processor:
+    """transformers has none: the tokenizer and template of a native folder, and for squares CLIP's image processor."""
+
+    tokenizer: Any
+    image_processor: Any
+    high_resolution: bool
+    grid: int
+
+    def __call__(self, text: list[str], images: list[PIL.Image.Image] | None, **_: object) -> dict[str, torch.Tensor]:
+        parts = [self.tokenizer(part, add_special_tokens=False).input_ids for part in text[0].split("<ImageHere>")]
+        ids, types = list(parts[0]), [0] * len(parts[0])
+        for picture, part in zip(images or [], parts[1:], strict=True):
+            count = tokens_of_tiles(picture.size, self.grid // 2) if self.high_resolution else self.grid**2
+            ids += [0] * count + part
+            types += [1] * count + [0] * len(part)
+        found = {"input_ids": torch.tensor([ids]), "mm_token_type_ids": torch.tensor([types])}
+        if images and not self.high_resolution:  # tiles are compared with recorded ones
+            found["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        return found
+
+
+def tokens_of_tiles(size: tuple[int, int], grid: int, most: int = 16) -> int:
+    """The count of the records' README; the tiles by trying all widths, largest first, in exact fractions."""
+    longer, shorter = max(size), min(size)
+    along = next(n for n in range(most, 0, -1) if n * -(-n * shorter // longer) <= most)
+    across = -(-int(Fraction(along * 28 * shorter, longer)) // 28)
+    rows, columns = (across, along) if size[0] >= size[1] else (along, across)
+    return (rows * columns + 1) * grid**2 + 1 + (rows + 1) * grid
 
 
 def internvl_processor(folder: Path) -> Any:
@@ -107,7 +162,8 @@ def reference_inputs(sample: Sample, opened: OpenedFolder, processor: Any, *, pr
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     special = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     # Official loaders share the tiles of a row among its pictures; processors must be told.
-    shares = {"max_patches": opened.spec.max_tiles // len(images)} if images and opened.layout != NATIVE else {}
+    shared = images and opened.layout != NATIVE and opened.family.name == "internvl"
+    shares = {"max_patches": opened.spec.max_tiles // len(images)} if shared else {}
     return processor(text=[text], images=images or None, add_special_tokens=special, return_tensors="pt", **shares)
 
 
@@ -123,7 +179,7 @@ def test_count_from_the_size_equals_processor_and_features(
     (plan,) = opened.family.plan([size], opened.spec)
     ids, slots = opened.family.span_ids(plan, opened.spec)
     expected = reference_inputs(conversation(("user", [ref])), opened, processor, prompt=False)
-    placeholders = int((expected["input_ids"] == opened.config.image_token_id).sum())
+    placeholders = int((expected["input_ids"] == placeholder(opened)).sum())
     if is_merged(opened):  # 16 patches and 2 merges before the last layer but one: r = int(16 × 0.5 ÷ 3) each
         assert placeholders == 16
         placeholders -= 2 * 2
@@ -140,7 +196,7 @@ def comparable(ids: Sequence[int], opened: OpenedFolder) -> list[int]:
     """The ids; where pictures are merged, which no processor of transformers knows, each picture's as one."""
     if not is_merged(opened):
         return list(ids)
-    mark = opened.config.image_token_id
+    mark = placeholder(opened)
     return [number for i, number in enumerate(ids) if number != mark or i == 0 or ids[i - 1] != mark]
 
 
@@ -180,22 +236,27 @@ def test_trained_are_the_answers_and_their_stops(opened: OpenedFolder, samples: 
         kept = row.labels != IGNORED
         assert (row.labels[kept] == row.input_ids[kept]).all()
         answers = [message.text for message in sample.messages if message.role == "assistant"]
-        expected = "".join(opened.chat.answer_lead + answer + opened.chat.stop for answer in answers)
+        expected = "".join(opened.chat.answer_lead + answer + opened.chat.stop for answer in answers) + behind(opened)
         assert opened.tokenizer.decode(row.input_ids[kept]) == expected
         stops = np.isin(row.input_ids, opened.chat.stop_ids) & kept
-        assert stops.sum() == len(answers)
+        assert stops.sum() == len(answers) + bool(behind(opened))
+
+
+def behind(opened: OpenedFolder) -> str:
+    """What is trained behind the last answer's stop."""
+    return opened.chat.close.removeprefix(opened.chat.stop) if opened.chat.trains_close else ""
 
 
 def test_special_text_in_words_stays_text(opened: OpenedFolder, tmp_path: Path) -> None:
-    placeholder = opened.tokenizer.convert_ids_to_tokens(opened.config.image_token_id)
+    mark = opened.tokenizer.convert_ids_to_tokens(placeholder(opened))
     stop = opened.chat.stop
-    words = f"write {placeholder} and {stop} here"
+    words = f"write {mark} and {stop} here"
     row = encode(conversation(("user", [words]), ("assistant", [words])), opened)
-    assert not np.isin(row.input_ids, [opened.config.image_token_id]).any()
+    assert not np.isin(row.input_ids, [placeholder(opened)]).any()
     assert row.spans == ()
     kept = row.labels != IGNORED
-    assert opened.tokenizer.decode(row.input_ids[kept]) == opened.chat.answer_lead + words + stop
-    assert (np.isin(row.input_ids, opened.chat.stop_ids) & kept).sum() == 1
+    assert opened.tokenizer.decode(row.input_ids[kept]) == opened.chat.answer_lead + words + stop + behind(opened)
+    assert (np.isin(row.input_ids, opened.chat.stop_ids) & kept).sum() == 1 + bool(behind(opened))
 
 
 def test_spans_mark_the_placeholders(opened: OpenedFolder, samples: list[Sample]) -> None:
@@ -203,13 +264,14 @@ def test_spans_mark_the_placeholders(opened: OpenedFolder, samples: list[Sample]
         mask = np.zeros(row.num_tokens, dtype=bool)
         for span in row.spans:
             mask[span.start : span.start + span.length] = True
-        assert (mask == (row.input_ids == opened.config.image_token_id)).all()
+        assert (mask == (row.input_ids == placeholder(opened))).all()
 
 
 def test_picture_inputs_equal_plain_transformers(opened: OpenedFolder, processor: Any, samples: list[Sample]) -> None:
     rows = encoded(samples[:1], opened)
     inputs = batch_of([rows], opened).inputs
-    expected = reference_inputs(_without_mark_newline(samples[0]), opened, processor, prompt=False)
+    sample = _without_mark_newline(samples[0]) if opened.chat.fold_newlines else samples[0]
+    expected = reference_inputs(sample, opened, processor, prompt=False)
     if is_merged(opened):  # patches row by row, picture by picture
         edge = inputs["pixel_values"].shape[-1]
         cut = torch.nn.functional.unfold(expected["pixel_values"], edge, stride=edge).transpose(1, 2)
@@ -314,7 +376,8 @@ def test_zero_gradients_are_the_lawful_ones(
         for name, _ in model.named_parameters()
         if (name not in grads or not grads[name].any()) and not name.endswith("k_proj.bias")
     }
-    unlawful = {name for name in silent if not (lawful and re.fullmatch(lawful, name))}
+    patterns = [pattern for pattern in (lawful, opened.components.undemanded) if pattern]
+    unlawful = {name for name in silent if not any(re.fullmatch(pattern, name) for pattern in patterns)}
     assert not unlawful
     if lawful:
         assert silent, "the family names lawful zeros, but nothing is zero"
@@ -379,12 +442,13 @@ def test_frames_of_a_video_count_as_features(
     row = encode(sample, three)
     assert [ref.frame for ref, _ in row.media] == [None, 0, 14, 29]
     assert [plan.is_frame for _, plan in row.media] == [False, True, True, True]
-    assert all(plan.num_tiles == 1 for _, plan in row.media[1:]), "a frame is never cut"
+    views = 2 if has_no_picture_token(opened) and opened.config.high_resolution else 1  # the whole is shown once more
+    assert all(plan.num_tiles == views for _, plan in row.media[1:]), "a frame is never cut"
     assert {(span.index, span.kind) for span in row.spans} == {(0, "image"), *((i, "video") for i in (1, 2, 3))}
     inputs = collate([[row]], three, stand_in=False).inputs
-    placeholders = int((inputs["input_ids"] == opened.config.image_token_id).sum())
+    placeholders = int((inputs["input_ids"] == placeholder(opened)).sum())
     assert placeholders == sum(span.length for span in row.spans)
-    names = ("pixel_values", "image_grid_thw", "pixel_attention_mask")
+    names = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "tile_grids")
     arguments = hand_over(model, inputs)
     with torch.no_grad():
         features = model.get_image_features(**{n: inputs[n] for n in names if n in inputs}).pooler_output
@@ -427,6 +491,8 @@ def test_a_video_stands_where_its_mark_stood(opened: OpenedFolder, film_ref: Med
         "qwen3_vl": qwen,
         "llava": "USER: [0]\n[1]\n[2]\nHere   and here  ",
         "smolvlm": f"Here [0] and here {intro}\nFrame from 00:00:[1]\nFrame from 00:01:[2]\n\n",
+        "internlmxcomposer2": "Here [0] and here [1][2]\n",
+        "vlmtune_xcomposer2": "Here [0] and here [1][2]\n",
     }[opened.folder.config["model_type"]]
     assert expected + "Which digit" in text
     assert not (taken & (row.labels != IGNORED)).any()
@@ -502,8 +568,10 @@ def test_a_box_in_an_answer_is_trained_and_stands_as_the_model_writes_it(opened:
         "qwen3_vl": "[100, 100, 502, 500]",
         "llava": "[0.10, 0.10, 0.50, 0.50]",
         "smolvlm": "[100, 100, 502, 500]",
+        "internlmxcomposer2": "[100, 100, 502, 500]",
+        "vlmtune_xcomposer2": "[100, 100, 502, 500]",
     }[opened.folder.config["model_type"]]
-    expected = f"{opened.chat.answer_lead}It is at {written}.{opened.chat.stop}"
+    expected = f"{opened.chat.answer_lead}It is at {written}.{opened.chat.stop}{behind(opened)}"
     assert opened.tokenizer.decode(row.input_ids[kept]) == expected
     asked = Message("user", (question.parts[0], Text("Where is the menu? "), box, Text("?")))
     row = encode(Sample(messages=(asked, Message("assistant", (Text("Yes."),))), origin="a:8"), opened)
@@ -528,8 +596,10 @@ def test_the_size_after_the_resize_is_what_the_processor_makes(
         (plan,) = opened.family.plan([size], opened.spec)
         nested = opened.folder.config["model_type"] == "smolvlm"
         processor.image_processor([[picture]] if nested else [picture], return_tensors="pt")
-        if opened.folder.config["model_type"] == "llava":
-            assert plan.resized is None  # the middle is cut out
+        if opened.folder.config["model_type"] == "llava" or (
+            has_no_picture_token(opened) and opened.config.high_resolution
+        ):
+            assert plan.resized is None  # the middle is cut out, or white stands around it
         else:
             assert plan.resized in made
 

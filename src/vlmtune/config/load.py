@@ -159,7 +159,10 @@ def _with_absolute_paths(config: RunConfig, file: Path) -> RunConfig:
     output_dir = _absolute(config.train.output_dir or f"runs/{file.stem}", base)
     model = config.model.model_copy(update={"path": _model_path(config.model.path, base)})
     train = config.train.model_copy(update={"output_dir": output_dir})
-    return config.model_copy(update={"model": model, "data": data, "train": train})
+    tuning = config.tuning
+    if isinstance(tuning, LoraTuning) and tuning.native_base is not None:
+        tuning = tuning.model_copy(update={"native_base": path(tuning.native_base)})
+    return config.model_copy(update={"model": model, "tuning": tuning, "data": data, "train": train})
 
 
 def _anchored(entry: AnySource, path: Callable[[str], str]) -> AnySource:

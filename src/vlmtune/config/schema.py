@@ -21,7 +21,7 @@ from vlmtune.config.sources import XTunerLists as XTunerLists
 FORMAT_VERSION = 1
 
 Component = Literal["vision", "projector", "language"]
-ChatStyle = Literal["official", "xtuner"]
+ChatStyle = Literal["official", "xtuner", "newline"]
 COMPONENTS: tuple[Component, ...] = ("vision", "projector", "language")
 
 
@@ -78,8 +78,11 @@ class ModelConfig(Section):
     """How boxes are written in the text: 0–1000 of the picture, pixels after the resize, or 0–1; the model's own
     convention when left out."""
     chat: ChatStyle | None = None
-    """Whose prompts a model in InternVL's official layout is trained with: those of the official code, or those of
-    XTuner (another system text, and all pictures of a turn in front of its text); official when left out."""
+    """Another form of the conversation than the model's own, which is taken when this is left out. `xtuner`, for
+    InternVL in its official layout: as XTuner trains it (another system text, and all pictures of a turn in front of
+    its text); `official` is the form that is taken anyway. For InternLM-XComposer2, `official`: as its own `chat`
+    prompts (a system turn, and a bos before every stretch of text), which are not those it was trained with; `newline`:
+    as its fine-tuning scripts lay rows down with transformers 4.34 or later, a newline before the last `</s>`."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of transformers."""
 
@@ -96,6 +99,9 @@ class FullTuning(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Drop path rate of the last vision layer, rising linearly from 0 at the first: so often a tile skips one of the
     layer's branches in training, whether the tower itself trains or not."""
+    partial_lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of partial LoRA (InternLM-XComposer2) that are dropped in training, whether it trains itself
+    or is frozen under an adapter; the official scripts have 0.05 either way."""
 
     @model_validator(mode="after")
     def _something_trains(self) -> FullTuning:
@@ -130,6 +136,13 @@ class LoraTuning(Section):
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Drop path rate of the last vision layer, rising linearly from 0 at the first: so often a tile skips one of the
     layer's branches in training, whether the tower itself trains or not."""
+    partial_lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the inputs of partial LoRA (InternLM-XComposer2) that are dropped in training, whether it trains itself
+    or is frozen under an adapter; the official scripts have 0.05 either way."""
+    native_base: PathText | None = None
+    """Folder of the base in the native layout, for an adapter on an official folder whose class is this program's own
+    (InternLM-XComposer2). It is written there once if it is absent; the adapter names it as its base, so that PEFT's
+    `AutoPeftModelForCausalLM.from_pretrained(adapter)` works after `import vlmtune.models`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -66,11 +66,13 @@ class ImageOptions(Section):
 
     max_tiles: Annotated[int, Field(ge=1, le=MAX_TILES)] | None = None
     """Most tiles a picture may be cut into, the thumbnail not counted (InternVL: `max_dynamic_patch`, in a `-hf` folder
-    `max_patches`). In an official InternVL folder the pictures of a row share them."""
+    `max_patches`; XComposer2 4khd: `hd_num`, 16 when left out). In an official InternVL folder the pictures of a row
+    share them."""
     min_tiles: Annotated[int, Field(ge=1, le=MAX_TILES)] | None = None
     """Fewest tiles."""
     size: Annotated[int, Field(ge=1)] | None = None
-    """Edge of a tile in pixels (official InternVL: `force_image_size`)."""
+    """Edge of a tile in pixels, or of the square where pictures are not cut (official InternVL: `force_image_size`;
+    XComposer2 but 4khd: `img_size`)."""
     thumbnail: bool | None = None
     """Show a picture of several tiles once more as a whole (official InternVL: `use_thumbnail`)."""
     fit: Literal["stretch", "pad_square", "keep_aspect"] | None = None

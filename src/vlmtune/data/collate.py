@@ -73,8 +73,8 @@ def prompt_batch(prompts: Sequence[Encoded], opened: OpenedFolder) -> dict[str, 
 
 
 def smallest_picture(opened: OpenedFolder) -> Pixels:
-    """Pixel inputs of one small grey picture."""
-    (plan,) = opened.family.plan([(32, 32)], opened.spec)
+    """Pixel inputs of one small grey picture, taken as a frame of a video: frames are not cut into tiles."""
+    (plan,) = opened.family.plan([(32, 32)], opened.spec, [0])
     picture = PIL.Image.new("RGB", (32, 32), (127, 127, 127))
     return opened.family.collate_pixels([opened.family.pixels(picture, plan, opened.spec)], opened.spec)
 

@@ -108,7 +108,9 @@ def _pieces(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> tuple[Plan
 
 
 def _finish(draft: _Draft, opened: OpenedFolder) -> Laid:
-    ids = list(opened.chat.prefix_ids)
+    chat = opened.chat
+    alone = not draft.media and chat.text_prefix_ids is not None
+    ids = list((chat.text_prefix_ids or ()) if alone else chat.prefix_ids)
     trained = [False] * len(ids)
     places: list[int] = []
     for group in draft.groups:
@@ -116,6 +118,9 @@ def _finish(draft: _Draft, opened: OpenedFolder) -> Laid:
             places.append(len(ids))
         else:
             new_ids, new_trained = join(group)
+            if new_ids and places and chat.repeats_prefix:
+                ids += chat.prefix_ids
+                trained += [False] * len(chat.prefix_ids)
             ids += new_ids
             trained += new_trained
     return Laid(ids=np.array(ids, np.int32), trained=np.array(trained, bool), places=tuple(places), media=draft.media)

@@ -60,7 +60,10 @@ def lay(
                     remedy="Remove the system turns, or put their text into the first question.",
                 )
             before, after = chat.system_opening
-            opening = [_fixed(before), *writer.words(message), _fixed(after)]
+            words = writer.words(message)
+            opening = [_fixed(before), *words, _fixed(after)]
+            if not words and chat.bare_opening is not None:
+                opening = [_fixed(chat.bare_opening)]
         elif message.role == "user":
             follows_answer = number > 0 and messages[number - 1].role == "assistant"
             pieces += [_fixed(chat.again[len(chat.stop) :])] if follows_answer else opening
@@ -75,8 +78,9 @@ def lay(
                 ),
                 Segment(chat.stop, trained=True, template=True),
             ]
-    pieces.append(_fixed(chat.bridge if prompt else chat.close[len(chat.stop) :]))
-    return pieces
+    if prompt:
+        return [*pieces, _fixed(chat.bridge)]
+    return [*pieces, Segment(chat.close[len(chat.stop) :], trained=chat.trains_close, template=True)]
 
 
 def _fixed(text: str) -> Segment:

@@ -193,6 +193,14 @@ class Encoded:
         return len(self.input_ids)
 
     @property
+    def at_media(self) -> np.ndarray:
+        """Where features of media go: bool (T,)."""
+        found = np.zeros(len(self.input_ids), dtype=bool)
+        for span in self.spans:
+            found[span.start : span.start + span.length] = True
+        return found
+
+    @property
     def num_trained(self) -> int:
         """Positions that give a loss: a label at position 0 has nothing before it to predict it."""
         return int((self.labels[1:] != IGNORED).sum())

@@ -27,6 +27,7 @@ from vlmtune.models.family import NATIVE
 from vlmtune.models.load import open_folder
 from vlmtune.versions import versions
 from vlmtune.weights import shards
+from vlmtune.weights.fingerprint import fingerprint
 from vlmtune.weights.shards import FLOATING, Shards
 
 FORMAT_VERSION = 1
@@ -39,6 +40,7 @@ ASSEMBLED = "assembled"
 class ExportResult:
     """What an export did.
 
+    source_sha256: of a model folder, what it is recognised by (see `weights.fingerprint`); None for other sources.
     counts: tensors that are bit-identical to the base (``unchanged``), had an update folded in (``merged``), were
         trained in full (``replaced``) or only changed their dtype (``cast``).
     whole_model: why the adapter could not be merged tensor by tensor; None when it was (or there is none).
@@ -53,6 +55,7 @@ class ExportResult:
     base: Path | None
     layout: str
     dtype: str
+    source_sha256: str | None = None
     counts: dict[str, int] = field(default_factory=dict)
     comparisons: list[verify.Comparison] = field(default_factory=list)
     whole_model: str | None = None
@@ -65,6 +68,7 @@ class ExportResult:
         return {
             "version": FORMAT_VERSION,
             "source": str(self.source),
+            "source_sha256": self.source_sha256,
             "base": str(self.base) if self.base else None,
             "layout": self.layout,
             "dtype": self.dtype,
@@ -119,11 +123,28 @@ def export(
             for the comparison asked for; nothing is left behind.
     """
     located = locate(path, base=base, checkpoint=checkpoint, foreign=True)
-    target = _free_target(Path(out).expanduser().absolute(), located, overwrite=overwrite)
     second = None if second_adapter is None else Path(second_adapter).expanduser().absolute()
+    options: dict[str, Any] = {"overwrite": overwrite, "alpha": lora_alpha, "second": second}
+    return export_located(located, out, layout=layout, dtype=dtype, verify=verify, device=device, **options)
+
+
+def export_located(
+    located: Located,
+    out: str | Path,
+    *,
+    layout: str | None = None,
+    dtype: DtypeName | None = None,
+    verify: Mode | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    alpha: float | None = None,
+    second: Path | None = None,
+) -> ExportResult:
+    """`export` of weights that were already found."""
+    target = _free_target(Path(out).expanduser().absolute(), located, overwrite=overwrite)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
-        with laid_out(located, target, alpha=lora_alpha, second=second) as laid:
+        with laid_out(located, target, alpha=alpha, second=second) as laid:
             mode = layers.choose(verify, Shards(laid.located.model_folder), device)
             draft.mkdir(parents=True)
             result = _write(laid, draft, layout, dtype)
@@ -175,6 +196,8 @@ def _write(laid: Laid, draft: Path, layout: str | None, dtype: DtypeName | None)
     # A fully tuned checkpoint holds float32 master weights; people expect what they brought.
     name: str = dtype or laid.dtype or (located.base is None and located.provenance.get("base_dtype")) or kept
     result = ExportResult(out=draft, source=located.path, base=located.base, layout=layout, dtype=name)
+    if located.base is None and located.foreign is None:
+        result.source_sha256 = fingerprint(located.path)
     _check_space(source, name, draft)
     merge = NOTHING
     if located.base is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +15,18 @@ from vlmtune.config.hub import HUB_ID
 from vlmtune.config.schema import FORMAT_VERSION, MediaOptions
 from vlmtune.errors import UsageError, WeightsError
 from vlmtune.weights.fingerprint import fingerprint
-from vlmtune.weights.foreign.recognise import EXPORT_FIRST, WORDS, Kind, recognise
+from vlmtune.weights.foreign.recognise import ADAPTER, EXPORT_FIRST, WORDS, Kind, recognise
+from vlmtune.weights.shards import read_header
 
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_FILE = "run.yaml"
 BEST_FILE = "best.json"
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
+_OPENED_WITH_BASE = (
+    " On InternLM-XComposer2, whose own layers have these names, it is opened as it is once its base is there: "
+    "--base DIR (in Python: base=DIR)."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +68,7 @@ def locate(
         WeightsError: an adapter whose base is gone, or a file that cannot be read.
     """
     kind = recognise(Path(path).expanduser().absolute())
-    if kind is not None:
+    if kind is not None and not (kind == "peft" and _has_native_names(Path(path).expanduser().absolute(), base)):
         return _foreign(Path(path).expanduser().absolute(), kind, base, welcome=foreign)
     folder = _folder(path)
     if is_run_folder(folder):
@@ -71,7 +77,7 @@ def locate(
     media = _media_options(provenance, folder)
     found = None
     if (folder / ADAPTER_CONFIG).is_file():
-        found = _base_of(folder, base)
+        found = _base_of(folder, base or _official_base(provenance))
         _check_base(found, provenance, folder)
     elif not (folder / "config.json").is_file():
         raise UsageError(
@@ -86,9 +92,10 @@ def locate(
 def _foreign(path: Path, kind: Kind, base: str | Path | None, *, welcome: bool) -> Located:
     """A checkpoint of another trainer; what it names as its base is a path on the machine of its training."""
     if not welcome:
+        opened = kind == "peft" and base is None
         raise UsageError(
             f"this is {WORDS[kind]}", where=str(path), expected="a model folder, an adapter, or a run folder",
-            remedy=EXPORT_FIRST,
+            remedy=EXPORT_FIRST + (_OPENED_WITH_BASE if opened else ""),
         )  # fmt: skip
     if kind == "unmerged" and base is not None:
         raise UsageError("--base was given, but this checkpoint holds the whole model", where=str(path))
@@ -98,6 +105,28 @@ def _foreign(path: Path, kind: Kind, base: str | Path | None, *, welcome: bool) 
             remedy="Point to that model's folder, as it was before the training: --base DIR.",
         )  # fmt: skip
     return Located(path=path, base=None if base is None else _given_base(base), foreign=kind)
+
+
+def _has_native_names(adapter: Path, base: str | Path | None) -> bool:
+    """Whether an adapter with the layer names of a bare language model belongs to a model that has just these names.
+
+    Its base tells; this program writes adapters with native names only.
+    """
+    from vlmtune.models.load import read_folder
+    from vlmtune.models.registry import detect
+
+    if (adapter / PROVENANCE).is_file():
+        return True
+    named = str(base or _read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path"))
+    if not any(os.path.isdir(os.path.join(place, os.path.expanduser(named))) for place in ("", adapter)):
+        return False
+    try:
+        folder = read_folder(_base_of(adapter, base))
+        blocks = detect(folder).components(folder).blocks.get("language", ())
+    except WeightsError:  # whoever opens it says what is wrong with it
+        return False
+    prefixes = tuple(f"base_model.model.{block}." for block in blocks)
+    return any(info.name.startswith(prefixes) for info in read_header(adapter / ADAPTER))
 
 
 def _folder(path: str | Path) -> Path:
@@ -155,14 +184,14 @@ def _base_of(folder: Path, given: str | Path | None) -> Path:
         raise WeightsError("the adapter names no base model", where=str(folder), remedy="Point to it: --base DIR.")
     if HUB_ID.fullmatch(str(named)) and not any(Path(place, named).exists() for place in ("", folder)):
         return _folder(named)
-    base = Path(named).expanduser()
+    base = Path(os.path.expanduser(str(named)))  # unlike pathlib's, silent on a user or a name that cannot be
     if not base.is_absolute():
         # A relative path was written against a working folder that is not known any more; the adapter's own folder
         # is the only other place that it can mean.
-        base = base.absolute() if base.is_dir() else folder / base
+        base = base.absolute() if os.path.isdir(base) else folder / base
     if given:
         return _given_base(base)
-    if (base / "config.json").is_file():
+    if os.path.isfile(base / "config.json"):
         return base
     raise WeightsError(
         f"the base model of this adapter is not at {named}",
@@ -171,9 +200,22 @@ def _base_of(folder: Path, given: str | Path | None) -> Path:
     )
 
 
+def _official_base(provenance: Mapping[str, Any]) -> Path | None:
+    """The folder of the training where the adapter names a native copy of it; None where it has gone or
+    changed.
+
+    An export goes back to the layout of this folder.
+    """
+    base = Path(provenance["base"]) if "native_base" in provenance else None
+    if base is None or not (base / "config.json").is_file():
+        return None
+    return base if fingerprint(base) == provenance["base_sha256"] else None
+
+
 def _check_base(base: Path, provenance: Mapping[str, Any], adapter: Path) -> None:
     """That the base is the model of the training: an adapter fits every model of the same shapes."""
-    if provenance.get("base_sha256") in (None, fingerprint(base)):
+    known = {provenance.get("base_sha256"), provenance.get("native_base_sha256")} - {None}
+    if not known or fingerprint(base) in known:
         return
     raise WeightsError(
         f"the adapter was trained on another model than {base}: config.json, or the names and shapes of the weights, "

@@ -73,20 +73,27 @@ class ChatFormat:
 
     A user content begins with `user_lead` when text comes first; an answer begins with `answer_lead`. A generation
     prompt ends after a `bridge`. `stop` ends an answer: `again` and `close` both begin with it. Trained are the
-    answer's lead, its text and its `stop`.
+    answer's lead, its text and its `stop`; with `trains_close` also what `close` adds behind the last one.
     """
 
     opening: str
     prefix_ids: tuple[int, ...] = ()
     """Ids before the opening (a bos token that the tokenizer, not the template, adds)."""
+    text_prefix_ids: tuple[int, ...] | None = None
+    """`prefix_ids` of a conversation without pictures, where they differ."""
+    repeats_prefix: bool = False
+    """`prefix_ids` stand again before every text behind a picture."""
     system_opening: tuple[str, str] | None = None
     """Text before and after the system content; None when the template has no system role."""
+    bare_opening: str | None = None
+    """The opening of a conversation whose system text is empty; None where that stands between `system_opening`."""
     user_lead: str = ""
     bridge: str
     answer_lead: str = ""
     stop: str
     again: str
     close: str
+    trains_close: bool = False
     image: tuple[str, str]
     """Text before and after a picture's ids."""
     images_first: bool = False
@@ -124,6 +131,10 @@ class Components:
     """Prefixes of the transformer blocks inside a component: where LoRA on that component sits."""
     head: tuple[str, ...] = ("lm_head",)
     """The output head; it counts as language."""
+    pictures_only: str | None = None
+    """Regex over full names of parameters of the language component that only visual tokens reach."""
+    undemanded: str | None = None
+    """Regex over full names of parameters that train, but get a gradient from some rows only: nobody can demand one."""
 
     def of(self, parameter: str) -> Component | None:
         """The component of a parameter by its full name, the longest prefix winning; None if no prefix covers it."""

@@ -71,11 +71,12 @@ def refuse_style(style: ChatStyle | None) -> None:
     Raises:
         ConfigError: `model.chat` asks for other prompts than those of the folder's chat template.
     """
-    if style == "xtuner":
+    if style not in (None, "official"):
+        models = {"xtuner": "InternVL in its official layout", "newline": "InternLM-XComposer2"}
         raise ConfigError(
-            "is xtuner, but this folder brings its own chat template",
+            f"is {style}, but this folder brings its own chat template",
             where="model.chat",
-            expected="official, or nothing: XTuner's prompts are known for InternVL in its official layout",
+            expected=f"official, or nothing: {style} is known for {models[style]}",
         )
 
 

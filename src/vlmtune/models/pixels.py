@@ -70,17 +70,20 @@ def make_tones(scale: float | None, mean_and_std: tuple[Triple, Triple] | None) 
     return found if np.array_equal(again, table) else Tones(table, None)
 
 
-def tiles(parts: Sequence[tuple[Planes, tuple[int, int]]], tile: Size, tones: Tones) -> torch.Tensor:
+def tiles(
+    parts: Sequence[tuple[Planes, tuple[int, int]]], tile: Size, tones: Tones, *, before: int = 0
+) -> torch.Tensor:
     """Pictures cut into tiles: float32 (n, 3, H, W), row by row, one picture after the other.
 
     Args:
         parts: the channels of pictures with their (rows, columns) of tiles; each is rows × columns tiles large.
         tile: (width, height) of a tile.
+        before: tiles in front that are left for the caller to fill.
     """
     width, height = tile
-    result = torch.empty(sum(rows * columns for _, (rows, columns) in parts), 3, height, width)
+    result = torch.empty(before + sum(rows * columns for _, (rows, columns) in parts), 3, height, width)
     out = result.numpy()
-    first = 0
+    first = before
     for planes, (rows, columns) in parts:
         for channel, plane in enumerate(planes):
             if plane.shape != (rows * height, columns * width):

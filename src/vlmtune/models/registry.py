@@ -10,9 +10,10 @@ from vlmtune.models.auto import AutoFamily
 from vlmtune.models.family import Family, ModelFolder
 from vlmtune.models.internvl import InternVLFamily
 from vlmtune.models.llava import LlavaFamily, assemble
+from vlmtune.models.xcomposer2 import XComposer2Family
 
 # `auto` is last: it takes whatever transformers knows
-FAMILIES: Sequence[Family] = (InternVLFamily(), LlavaFamily(), AutoFamily())
+FAMILIES: Sequence[Family] = (InternVLFamily(), LlavaFamily(), XComposer2Family(), AutoFamily())
 
 
 def detect(folder: ModelFolder) -> Family:

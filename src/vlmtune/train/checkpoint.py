@@ -20,6 +20,7 @@ from vlmtune.errors import RunFolderError, WeightsError
 from vlmtune.files import sha256, write_atomic
 from vlmtune.infer.locate import BEST_FILE, MANIFEST, PROVENANCE, RUN_FILE
 from vlmtune.models.family import OpenedFolder
+from vlmtune.models.load import read_folder
 from vlmtune.train.best import Evaluated
 from vlmtune.versions import PACKAGES, versions
 from vlmtune.weights import names
@@ -79,8 +80,13 @@ def remove(folder: Path) -> None:
 
 
 def add_companions(folder: Path, opened: OpenedFolder, config: RunConfig, provenance: Mapping[str, Any]) -> None:
-    """Lays beside the weights all that is needed to load and use them: the base folder's small files, and our own."""
-    for source in sorted(opened.folder.path.iterdir()):
+    """Lays beside the weights all that is needed to load and use them: the base folder's small files, and our own.
+
+    Beside an adapter that names a native base these are that base's, whose tokenizer plain transformers opens.
+    """
+    native = provenance.get("native_base")
+    base = opened.folder if native is None else read_folder(native)
+    for source in sorted(base.path.iterdir()):
         weights_index = source.name.endswith(".index.json")
         if (
             source.suffix in _COMPANION_SUFFIXES
@@ -89,7 +95,7 @@ def add_companions(folder: Path, opened: OpenedFolder, config: RunConfig, proven
             and not weights_index
         ):
             shutil.copyfile(source, folder / source.name)
-    for name, content in opened.family.companions(opened.folder).items():
+    for name, content in opened.family.companions(base).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     write_atomic(folder / RUN_FILE, dump_config(config))
@@ -173,12 +179,28 @@ def rotate(run_dir: Path, *, keep: int, best_step: int | None) -> None:
             remove(folder)
 
 
-def provenance(config: RunConfig, opened: OpenedFolder, *, strategy: str, world: int, threads: int) -> dict[str, Any]:
-    """Where a checkpoint comes from: base, its fingerprint, the resolved configuration, versions, machine."""
+def provenance(
+    config: RunConfig,
+    opened: OpenedFolder,
+    *,
+    strategy: str,
+    world: int,
+    threads: int,
+    native_base: Path | None = None,
+) -> dict[str, Any]:
+    """Where a checkpoint comes from: base, its fingerprint, the resolved configuration, versions, machine.
+
+    Args:
+        native_base: the same weights in the native layout, which the adapter names.
+    """
+    native = {}
+    if native_base is not None:
+        native = {"native_base": str(native_base), "native_base_sha256": fingerprint(native_base)}
     return {
         "format_version": FORMAT_VERSION,
         "base": str(opened.folder.path),
         "base_sha256": fingerprint(opened.folder.path),
+        **native,
         "base_dtype": opened.folder.config.get("dtype") or opened.folder.config.get("torch_dtype"),
         "config": config.model_dump(mode="json"),
         "strategy": strategy,

@@ -27,6 +27,7 @@ _FREE = {
         "output_dir", "micro_batch_size", "activation_checkpointing", "strategy", "deterministic", "log_every",
         "eval_every", "save_every", "keep_checkpoints", "early_stopping", "first_step_proof",
     },
+    "tuning": {"native_base"},
     "data": {"workers", "prepared", "bad_rows", "max_bad_share"},
 }  # fmt: skip
 

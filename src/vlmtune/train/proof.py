@@ -40,8 +40,9 @@ class FirstStepProof:
         self._trained: dict[str, tuple[Component, nn.Parameter]] = {
             name: (component_of(name, opened.components), parameter)
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad
+            if parameter.requires_grad and not _matches(opened.components.undemanded, native_name(name))
         }
+        self._pictures_only = opened.components.pictures_only
         self.pending: set[str] = set(self._trained)
         self._watched: set[str] = set()
         self._saw_pictures = False
@@ -67,7 +68,8 @@ class FirstStepProof:
                 self._hooks[name] = parameter.register_hook(partial(self._saw, name))
 
     def _is_due(self, name: str, pictures: bool, adapters_moved: bool) -> bool:
-        if self._trained[name][0] != "language" and not pictures:
+        for_pictures = self._trained[name][0] != "language" or _matches(self._pictures_only, native_name(name))
+        if for_pictures and not pictures:
             return False
         return adapters_moved or not _LORA_A.search(name)
 
@@ -135,6 +137,10 @@ class FirstStepProof:
                 why = "the run was too short, as LoRA's A gets a gradient only once B has moved"
             sentences.append(f"{_tensors(len(names))} of {component} could not be proven: {why}.")
         return sentences
+
+
+def _matches(pattern: str | None, name: str) -> bool:
+    return pattern is not None and re.fullmatch(pattern, name) is not None
 
 
 def _failed(not_finite: list[str], zero: list[str]) -> ProofError:

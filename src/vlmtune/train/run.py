@@ -26,7 +26,7 @@ from vlmtune.files import in_use, write_atomic
 from vlmtune.infer.locate import RUN_FILE
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.load import open_folder
-from vlmtune.train import arguments, checkpoint, folder, space, weights
+from vlmtune.train import arguments, checkpoint, folder, native_base, space, weights
 from vlmtune.train.best import best_of
 from vlmtune.train.callbacks import ProgressBar, StopSignal
 from vlmtune.train.metrics import MetricsLog
@@ -91,10 +91,13 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
             tell(f"This run is finished: {done['steps']} steps, best checkpoint {run_dir / done['best']}.")
             return _result(run_dir, done, already_finished=True)
         opened = open_folder(config.model.path, config.media)
+        native = native_base.wanted(config, opened)
         data = _lay_out(config, opened, processes, strategy, tell)
         for prepared in data.folders:  # their shards stay while this runs, even if the rows' file changes
             held.enter_context(in_use(prepared))
         resumed = _begin(run_dir, config, data, processes, strategy, tell)
+        if native is not None and processes.first_does(lambda: native_base.provide(native, opened)):
+            tell(f"The base is written in the native layout, for PEFT: {native}.")
         # Both made before DeepSpeed's settings exist, which under ZeRO-3 spread every new model over all processes.
         source = weights.source(config, opened, resumed)
         skeleton = names.skeleton(opened) if config.tuning.method == "full" else None
@@ -105,14 +108,13 @@ def train(config: RunConfig, *, say: Say | None = None) -> TrainResult:
             accumulation=data.plan.micro_batches_per_step // processes.world,
             strategy=strategy,
         )
-        model = weights.load(config, source, resumed, partitioned=strategy == "zero3")
+        model = weights.load(config, source, resumed, partitioned=strategy == "zero3", native_base=native)
         rates = learning_rates(config.train.learning_rate, config.tuning.learning_rates)
         parameters = report(model, opened, rates)
         tell(table(parameters))
         space.check(run_dir, config, parameters)
-        provenance = checkpoint.provenance(
-            config, opened, strategy=strategy, world=processes.world, threads=torch.get_num_threads()
-        )
+        made: dict[str, Any] = {"strategy": strategy, "world": processes.world, "threads": torch.get_num_threads()}
+        provenance = checkpoint.provenance(config, opened, **made, native_base=native)
         job = Job(config, opened, data.plan, rates, strategy, provenance, tell, skeleton, stop)
         trainer = VlmTrainer(model, args, job, train_dataset=data.train, eval_dataset=data.eval)
         arguments.check_wrapper(strategy, trainer.accelerator.distributed_type)

@@ -28,7 +28,12 @@ def source(config: RunConfig, opened: OpenedFolder, resumed: Path | None) -> Ope
 
 
 def load(
-    config: RunConfig, source: OpenedFolder, resumed: Path | None, *, partitioned: bool
+    config: RunConfig,
+    source: OpenedFolder,
+    resumed: Path | None,
+    *,
+    partitioned: bool,
+    native_base: Path | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The prepared model on the CPU (a 4-bit one on the GPU if there is one), with the weights of `resumed` if any.
 
@@ -38,6 +43,7 @@ def load(
     Args:
         source: see the function of this name; opened before DeepSpeed's settings exist.
         partitioned: ZeRO-3, where DeepSpeed reads the adapter of a checkpoint itself.
+        native_base: what an adapter names as its base, instead of the folder that was read.
     """
     full = config.tuning.method == "full"
     half = not full and resolve_precision(config.train) == "bfloat16"
@@ -50,6 +56,9 @@ def load(
     # Adapters begin alike on every rank and under every strategy; loading draws random numbers under ZeRO-3 only.
     set_seed(config.train.seed)
     prepared = prepare(model, source, config.tuning)
+    if isinstance(prepared, PeftModel) and native_base is not None:
+        for settings in prepared.peft_config.values():
+            settings.base_model_name_or_path = str(native_base)
     if isinstance(prepared, PeftModel) and resumed is not None and not partitioned:
         _load_adapter(prepared, resumed)
     return prepared

@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -16,9 +15,11 @@ from vlmtune.config.schema import COMPONENTS, Component, FullTuning, LoraTuning
 from vlmtune.errors import ConfigError
 from vlmtune.models.family import Components, OpenedFolder
 from vlmtune.nn import drop_path
+from vlmtune.nn.partial_lora import PartialLoRA
 from vlmtune.tuning.components import component_of, freeze_all_but, native_name, never_trains
 
 HEAD = "head"
+_COPY = ".modules_to_save."  # in PEFT's names of what trains beside an adapter
 
 
 def prepare(
@@ -26,11 +27,12 @@ def prepare(
 ) -> PreTrainedModel | PeftModel:
     """Makes ready what trains: freezes components, or wraps the model with an adapter; installs drop path.
 
-    Every trained tensor is float32 afterwards, whatever the base is kept in.
+    Every trained tensor, and all of a component that trains beside an adapter, is float32 afterwards, whatever the base
+    is kept in.
 
     Raises:
         ConfigError: a target hits no Linear layer (the message names candidates), a component with a rank of its own
-            carries no adapter, or drop path is asked of a tower that cannot have it.
+            carries no adapter, or drop path or partial LoRA's dropout is asked of a model that cannot have it.
         WeightsError: a parameter belongs to no component.
     """
     if isinstance(tuning, FullTuning):
@@ -38,13 +40,28 @@ def prepare(
         prepared: PreTrainedModel | PeftModel = model
     else:
         prepared = _with_adapter(model, opened, tuning)
-    for parameter in prepared.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            # Small updates vanish in bfloat16; the forward pass runs under autocast.
+    for name, parameter in prepared.named_parameters():
+        # Small updates vanish in bfloat16; the forward pass runs under autocast. Frozen layers inside a trained copy go
+        # along: not every one takes the float32 of the layers before it, and FSDP2 wants one dtype in what it shards.
+        if parameter.requires_grad or (_COPY in name and parameter.is_floating_point()):
             parameter.data = parameter.data.float()
     if tuning.drop_path:
         _install_drop_path(prepared, opened, tuning.drop_path)
+    if tuning.partial_lora_dropout:
+        _drop_in_partial_lora(prepared, tuning.partial_lora_dropout)
     return prepared
+
+
+def _drop_in_partial_lora(model: nn.Module, rate: float) -> None:
+    found = [module for module in model.modules() if isinstance(module, PartialLoRA)]
+    if not found:
+        raise ConfigError(
+            "has no effect: this model has no partial LoRA",
+            where="tuning.partial_lora_dropout",
+            remedy="Leave it out; tuning.dropout is the dropout of the adapter that trains.",
+        )
+    for module in found:
+        module.dropout = rate
 
 
 def _install_drop_path(model: nn.Module, opened: OpenedFolder, rate: float) -> None:
@@ -176,9 +193,18 @@ def _with_adapter(model: PreTrainedModel, opened: OpenedFolder, tuning: LoraTuni
     )
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
-        if idle and ".modules_to_save." in name and idle.search(name):
+        if idle and _COPY in name and idle.search(native_name(name)):
             parameter.requires_grad_(False)
+    if is_our_own(type(model)):
+        # Without a task PEFT's Auto classes would look the model up by its module, and refuse all but a few packages.
+        for one in wrapped.peft_config.values():
+            one.task_type = TaskType.CAUSAL_LM
     return wrapped
+
+
+def is_our_own(model_class: type[PreTrainedModel]) -> bool:
+    """Whether the class is this program's, so that transformers knows it after `import vlmtune.models` only."""
+    return model_class.__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def _alpha(tuning: LoraTuning, component: Component | None) -> float:

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vlmtune.config.schema import ImageOptions, MediaOptions, VideoOptions
 from vlmtune.errors import UsageError, WeightsError
 from vlmtune.infer.locate import checkpoints, locate
+from vlmtune.models.xcomposer2.configuration import XComposer2Config
 from vlmtune.weights.fingerprint import fingerprint
 
 
@@ -144,8 +147,69 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
         locate(folder)
 
 
+def bare_language_adapter(folder: Path, base: Path) -> Path:
+    """An adapter whose names are those of a bare language model, as PEFT writes it."""
+    folder = adapter(folder, str(base))
+    save_file({"base_model.model.model.layers.0.w.lora_A.weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_the_base_tells_whose_names_an_adapter_has(tmp_path: Path) -> None:
+    base = model_folder(tmp_path / "base")
+    folder = bare_language_adapter(tmp_path / "adapter", base)
+    (base / "config.json").write_text(
+        json.dumps({"model_type": "internvl_chat", "architectures": ["InternVLChatModel"]})
+    )
+    with pytest.raises(UsageError, match=r"official names of its layers.* --base DIR \(in Python: base=DIR\)"):
+        locate(folder)
+    with pytest.raises(UsageError, match="official names of its layers"):
+        locate(folder, base=base)
+    (base / "config.json").write_text(XComposer2Config(text_config={"num_hidden_layers": 1}).to_json_string())
+    assert locate(folder).base == base
+    base.rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match=r"--base DIR \(in Python: base=DIR\)"):
+        locate(folder)
+    assert locate(folder, base=tmp_path / "moved").base == tmp_path / "moved"
+    (folder / "provenance.json").write_text("{}")  # ours, whose names are always those of its own model
+    with pytest.raises(WeightsError, match=r"the base model of this adapter is not at .*--base DIR"):
+        locate(folder)
+
+
+def test_an_adapter_on_a_native_base_prefers_the_folder_of_the_training(tmp_path: Path) -> None:
+    """An export goes back to that folder's layout; the native base takes its place where it has gone or changed."""
+    official, native = model_folder(tmp_path / "official"), model_folder(tmp_path / "native")
+    (native / "config.json").write_text('{"native": true}')
+    folder = adapter(tmp_path / "adapter", str(native))
+    provenance = {
+        "base": str(official),
+        "base_sha256": fingerprint(official),
+        "native_base": str(native),
+        "native_base_sha256": fingerprint(native),
+    }
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    assert locate(folder).base == official
+    (official / "config.json").write_text('{"another": true}')
+    assert locate(folder).base == native
+    with pytest.raises(WeightsError, match="trained on another model"):
+        locate(folder, base=official)
+    shutil.rmtree(official)
+    assert locate(folder).base == native
+    assert locate(folder, base=native).base == native
+
+
 def test_a_foreign_checkpoint_asks_for_the_model_whosoever_it_is(tmp_path: Path) -> None:
     """InternVL's base is an official folder, LLaVA's one of XTuner; the name of a file tells neither."""
     (tmp_path / "iter_5.pth").write_bytes(b"")
     with pytest.raises(UsageError, match=r"Point to that model's folder, as it was before the training: --base DIR"):
         locate(tmp_path / "iter_5.pth", foreign=True)
+
+
+@pytest.mark.parametrize("named", ["~no-such-user/model", "a" * 5000, "a/" * 3000, "a\0b", 5])
+@pytest.mark.parametrize("layer", ["layers.0.attention.wqkv", "language_model.layers.0.self_attn.q_proj"])
+def test_a_base_that_no_path_can_be_is_said(layer: str, named: object, tmp_path: Path) -> None:
+    save_file(
+        {f"base_model.model.model.{layer}.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "adapter_model.safetensors"
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+    with pytest.raises((UsageError, WeightsError), match="--base"):
+        locate(tmp_path)

@@ -45,6 +45,7 @@ class Media:
         self._objects = _Objects(row.get("objects"))
         # Tools that feed a video as a row of pictures write <image> where it stands.
         self._image_means: _Kind = "image"
+        self._image_tag = "<image>"
 
     def look_at(self, texts: Sequence[str], *, in_front: bool) -> list[Part]:
         """Takes note of all user texts of the row; returns the media that stand in front of them, if `in_front`."""
@@ -57,6 +58,8 @@ class Media:
             )
         if self._listed["video"] and not self._listed["image"] and "<video>" not in marks:
             self._image_means = "video"
+        if "<ImageHere>" in marks and "<image>" not in marks:
+            self._image_tag = "<ImageHere>"
         parts: list[Part] = []
         if in_front and not marks:
             for kind, listed in self._listed.items():
@@ -133,7 +136,7 @@ class Media:
         marks = self._marks[kind]
         if marks == listed:
             return
-        tag = "<image>" if self._image_means == kind else f"<{kind}>"
+        tag = self._image_tag if self._image_means == kind else f"<{kind}>"
         if marks > listed:
             remedy = f"Add the missing path{_s(marks - listed)}, or remove a mark."
         else:

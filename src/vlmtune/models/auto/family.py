@@ -317,10 +317,7 @@ def _axes(
 
 def _token_types(sample: Encoded) -> torch.Tensor:
     """1 where picture features go, 0 elsewhere, (T,)."""
-    types = torch.zeros(sample.num_tokens, dtype=torch.long)
-    for span in sample.spans:
-        types[span.start : span.start + span.length] = 1
-    return types
+    return torch.from_numpy(sample.at_media).long()
 
 
 @functools.lru_cache(maxsize=4)

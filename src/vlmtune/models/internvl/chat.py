@@ -72,7 +72,7 @@ def official_chat(
             one block in front of its text.
     Raises:
         WeightsError: a template that is not known, or whose tokens the tokenizer lacks.
-        ConfigError: XTuner's form of a template that XTuner has none for.
+        ConfigError: XTuner's form of a template that XTuner has none for; a form of another family.
     """
     name, where = folder.config.get("template"), str(folder.path)
     if name not in TEMPLATES:
@@ -81,6 +81,12 @@ def official_chat(
             where=where,
             expected=f"`template` as one of {', '.join(TEMPLATES)}",
             remedy="Set `template` in config.json to the one that the model was trained with.",
+        )
+    if style == "newline":
+        raise ConfigError(
+            "is newline, which InternLM-XComposer2 has and InternVL has not",
+            where="model.chat",
+            expected="official or xtuner",
         )
     if style == "xtuner" and name != _XTUNER_KNOWS:
         raise ConfigError(

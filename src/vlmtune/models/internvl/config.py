@@ -1,34 +1,28 @@
 """config.json of an official InternVL folder as the configuration of transformers' class, and back.
 
-Source of the fields: OpenGVLab's configuration_internvl_chat.py, configuration_intern_vit.py,
-configuration_internlm2.py and configuration_phi3.py. Fields that only steer generation or that every v4 config carried
-are left behind; they stay in the official config.json, which an export brings back.
+Source of the fields: OpenGVLab's configuration_internvl_chat.py and configuration_intern_vit.py; of the decoder's, see
+models/decoders.py. Fields that are left behind stay in the official config.json, which an export brings back.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CONFIG_MAPPING, InternVLConfig
+from transformers import InternVLConfig
 
 from vlmtune.errors import WeightsError
+from vlmtune.models.decoders import COPY_CONFIG, INTERNLM2, check_counts, text_config
 from vlmtune.weights.ops import SplitGQA
 
 _MODEL_TYPE = "internvl_chat"
-_INTERNLM2 = "internlm2"
-_LLAMA = "llama"  # InternLM2 is Llama's arithmetic under other names
-_ROPE_NAMES = {"su": "longrope"}
 _CAUSAL = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "phi3": "Phi3ForCausalLM",
 }
-_COUNTS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-_COPY = "Copy config.json from the model's repository again."
 _QK_NORM_EPS = 1e-6  # fixed in transformers' class
 
 
@@ -39,7 +33,7 @@ def is_official(config: Mapping[str, Any]) -> bool:
 def decoder_heads(config: Mapping[str, Any]) -> SplitGQA | None:
     """How the fused attention of an InternLM2 decoder is cut; None for other decoders."""
     decoder = config["llm_config"]
-    if decoder.get("model_type") != _INTERNLM2:
+    if decoder.get("model_type") != INTERNLM2:
         return None
     heads = int(decoder["num_attention_heads"])
     groups = int(decoder.get("num_key_value_heads") or heads)
@@ -63,10 +57,10 @@ def native_config(
     """
     try:
         vision, decoder = config["vision_config"], config["llm_config"]
-        _check_counts(decoder, where)
+        check_counts(decoder, field="llm_config", where=where)
         return InternVLConfig(
             vision_config=_vision(vision, where),
-            text_config=_text(decoder, tied=not has_head, where=where),
+            text_config=text_config(decoder, tied=not has_head, where=where),
             image_token_id=context_id,
             image_seq_length=tokens_per_tile,
             downsample_ratio=float(config.get("downsample_ratio", 0.5)),
@@ -79,24 +73,11 @@ def native_config(
     except KeyError as error:
         raise WeightsError(
             f"config.json has no {error.args[0]!r}", where=where, expected="the fields of an official InternVL folder",
-            remedy=_COPY,
+            remedy=COPY_CONFIG,
         ) from error  # fmt: skip
     except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         # what transformers' classes say of a value of the wrong kind
-        raise WeightsError(f"config.json: {' '.join(str(error).split())}", where=where, remedy=_COPY) from error
-
-
-def _check_counts(decoder: Mapping[str, Any], where: str) -> None:
-    """The numbers that names, shapes and cuts of the decoder's tensors are worked out from."""
-    for name in _COUNTS:
-        if not isinstance(decoder[name], int) or decoder[name] < 1:
-            raise WeightsError(f"llm_config: {name} is {decoder[name]!r}", where=where, expected="a positive number")
-    heads, groups = decoder["num_attention_heads"], decoder.get("num_key_value_heads") or 0
-    if not isinstance(groups, int) or (groups and heads % groups):
-        raise WeightsError(
-            f"llm_config: {heads} heads share num_key_value_heads {groups!r}", where=where, expected="equal groups",
-            remedy=_COPY,
-        )  # fmt: skip
+        raise WeightsError(f"config.json: {' '.join(str(error).split())}", where=where, remedy=COPY_CONFIG) from error
 
 
 def _shuffle(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -134,38 +115,6 @@ def _vision(vision: Mapping[str, Any], where: str) -> dict[str, Any]:
         "num_channels": vision.get("num_channels", 3),
         "layer_scale_init_value": float(vision.get("initializer_factor", 1.0)),
     }
-
-
-def _text(decoder: Mapping[str, Any], *, tied: bool, where: str) -> dict[str, Any]:
-    kind = str(decoder.get("model_type"))
-    native = _LLAMA if kind == _INTERNLM2 else kind
-    if native not in CONFIG_MAPPING:
-        raise WeightsError(
-            f"the decoder is of model_type {kind!r}", where=where,
-            expected="internlm2, qwen2, phi3, llama, or another decoder of transformers",
-        )  # fmt: skip
-    known = {field.name for field in dataclasses.fields(CONFIG_MAPPING[native])}
-    text = {name: value for name, value in decoder.items() if name in known - {"architectures", "return_dict"}}
-    text.pop("transformers_version", None)
-    if kind == _INTERNLM2:
-        text["attention_bias"] = bool(decoder.get("bias", True))
-    text.update(model_type=native, tie_word_embeddings=tied, use_cache=True)
-    text["rope_parameters"] = _rope(decoder)
-    return text
-
-
-def _rope(decoder: Mapping[str, Any]) -> dict[str, Any]:
-    scaling = dict(decoder.get("rope_scaling") or {})
-    named = [scaling.pop(key, None) for key in ("rope_type", "type")]  # folders saved by later versions have both
-    kind = next(filter(None, named), "default")
-    rope = {
-        "rope_type": _ROPE_NAMES.get(kind, kind),
-        "rope_theta": float(decoder.get("rope_theta", 10000.0)),
-        **scaling,
-    }
-    if rope["rope_type"] == "longrope":
-        rope["original_max_position_embeddings"] = decoder["original_max_position_embeddings"]
-    return rope
 
 
 def has_official_name(native: Mapping[str, Any]) -> bool:

@@ -1,13 +1,10 @@
 """What an InternVL folder holds beside its weights, and how a folder of the other layout is furnished.
 
-Three kinds of folder say official things: an official one; a checkpoint of a run that began from one (native weights,
-but `official.json` and the official tokenizer beside them, so that it goes on as the run did); and a native export of
-one, which keeps the official files in `official/` for the way back.
+Which folders say official things, and what native ones keep of them, is in models/records.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,34 +14,24 @@ from transformers import PreTrainedTokenizerFast
 from vlmtune.config.schema import ImageOptions
 from vlmtune.errors import ExportError, WeightsError
 from vlmtune.files import read_json, write_json
-from vlmtune.models import native
+from vlmtune.models import native, records
 from vlmtune.models.family import NATIVE, ModelFolder, OpenedFolder
 from vlmtune.models.internvl import pictures, tokenizer
 from vlmtune.models.internvl.config import is_official, official_of
+from vlmtune.models.records import KEPT
 from vlmtune.weights.shards import Shards
 
-RECORD = "official.json"
-"""config.json of the official folder that a native checkpoint began from."""
-KEPT = "official"
-"""Folder with the small files of the official folder that a native export was made from."""
 _HEADS = ("language_model.output.weight", "language_model.lm_head.weight", "lm_head.weight")
 
 
 def conventions(folder: ModelFolder) -> ModelFolder | None:
-    """The folder under its official config.json where prompts and pictures are the official ones, else None."""
-    if is_official(folder.config):
-        return folder
-    record = folder.path / RECORD
-    return ModelFolder(folder.path, read_json(record)) if record.is_file() else None
+    """See `records.conventions`."""
+    return records.conventions(folder, official=is_official(folder.config))
 
 
 def official_config(folder: ModelFolder) -> Mapping[str, Any] | None:
-    """The official config.json of this model: its own, or the one that was kept; None if it never had one."""
-    found = conventions(folder)
-    if found is not None:
-        return found.config
-    kept = folder.path / KEPT / "config.json"
-    return read_json(kept) if kept.is_file() else None
+    """See `records.official_config`."""
+    return records.official_config(folder, official=is_official(folder.config))
 
 
 def has_head(folder: ModelFolder) -> bool:
@@ -60,15 +47,7 @@ def has_head(folder: ModelFolder) -> bool:
 
 
 def companions(folder: ModelFolder) -> Mapping[str, bytes]:
-    """What a native checkpoint needs beside the usual files: the official config.json, and code to be handed on; of a
-    native export, the official files that it keeps."""
-    found = conventions(folder)
-    if found is None:
-        kept = folder.path / KEPT
-        files = sorted(kept.iterdir()) if kept.is_dir() else []
-        return {f"{KEPT}/{file.name}": file.read_bytes() for file in files if file.is_file()}
-    record = json.dumps(found.config, indent=2, ensure_ascii=False).encode()
-    return {RECORD: record, **{name: (folder.path / name).read_bytes() for name in _code(folder.path)}}
+    return records.companions(folder, official=is_official(folder.config))
 
 
 def write_files(opened: OpenedFolder, layout: str, out: Path) -> list[str]:
@@ -80,7 +59,7 @@ def write_files(opened: OpenedFolder, layout: str, out: Path) -> list[str]:
         return _write_native(opened, found, out)
     native.copy_files(opened.folder.path, out)
     if (opened.folder.path / KEPT).is_dir():
-        _keep(opened.folder.path / KEPT, out)
+        records.keep(opened.folder.path / KEPT, out)
     if opened.media.image != ImageOptions():
         file = out / "preprocessor_config.json"
         write_json(file, {**read_json(file), **pictures.picture_settings(opened.spec)})
@@ -92,7 +71,7 @@ def _write_official(opened: OpenedFolder, found: ModelFolder | None, out: Path) 
     kept = folder if found is not None else folder / KEPT
     notes = []
     if kept.is_dir():
-        native.copy_files(kept, out, more=_code(kept))
+        native.copy_files(kept, out, more=records.code(kept))
     else:
         native.copy_files(folder, out)
         notes.append(
@@ -124,19 +103,5 @@ def _write_native(opened: OpenedFolder, found: ModelFolder, out: Path) -> list[s
     write_json(out / "preprocessor_config.json", pictures.picture_settings(opened.spec))
     processor = {"processor_class": "InternVLProcessor", "image_seq_length": opened.spec.tokens_per_tile}
     write_json(out / "processor_config.json", processor)
-    _keep(opened.folder.path, out, config=found.config)
+    records.keep(opened.folder.path, out, config=found.config)
     return [f"transformers' InternVLProcessor: {gap}" for gap in pictures.native_gaps(opened.spec)]
-
-
-def _code(folder: Path) -> list[str]:
-    """The Python files that belong to the model; DeepSpeed puts two of its own beside every checkpoint."""
-    return [file.name for file in sorted(folder.glob("*.py")) if not file.name.startswith("zero_to_")]
-
-
-def _keep(source: Path, out: Path, config: Mapping[str, Any] | None = None) -> None:
-    """Copies the small official files into `official/`, for an export back."""
-    kept = out / KEPT
-    kept.mkdir()
-    native.copy_files(source, kept, more=_code(source))
-    if config is not None:
-        write_json(kept / "config.json", config)

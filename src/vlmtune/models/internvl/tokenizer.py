@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from vlmtune.errors import WeightsError
 from vlmtune.models import sentencepiece
 from vlmtune.models.family import ChatFormat, ModelFolder
-from vlmtune.models.internvl.jinja import jinja
+from vlmtune.models.jinja import jinja
 
 CONTEXT_TOKEN = "<IMG_CONTEXT>"
 START_TOKEN = "<img>"

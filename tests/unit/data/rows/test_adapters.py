@@ -180,6 +180,8 @@ def test_openai_with_pictures_listed_at_the_row() -> None:
         (llava("<image> <image> <image>", "x"), "3 <image> marks but 0 images. Add the missing paths, or"),
         (llava("what?", "x", image="a"), "0 <image> marks but 1 image. Put <image> into a user turn"),
         (llava("<image>", "x", image=["a", "b"]), "1 <image> mark but 2 images. Put <image>"),
+        (llava("<ImageHere>", "x", image=["a", "b"]), "1 <ImageHere> mark but 2 images. Put <ImageHere>"),
+        (llava("<ImageHere><image>", "x", image="a"), "2 <image> marks but 1 image. Add the missing path"),
         (llava("<image>", "x", image=3), "`image` is a number; expected a path, a list of paths, or null"),
         (llava("<image>", "x", image=["a", None]), "entry 2 of `image` is null"),
         (llava("<image>", "x", image={"bytes": "x"}), "`image` is an object"),

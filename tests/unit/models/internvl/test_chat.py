@@ -17,7 +17,7 @@ from vlmtune.data.sample import Image, MediaRef, Message, Part, Text
 from vlmtune.errors import ConfigError, WeightsError
 from vlmtune.models.family import ChatFormat, ModelFolder
 from vlmtune.models.internvl.chat import native_chat, official_chat
-from vlmtune.models.internvl.jinja import jinja
+from vlmtune.models.jinja import jinja
 from vlmtune.models.load import open_folder
 from vlmtune.models.native import refuse_style
 from vlmtune.models.template import lay_text, probe
@@ -137,5 +137,11 @@ def test_the_option_reaches_the_chat_format(tmp_path: Path) -> None:
 
 def test_folders_with_a_chat_template_know_no_other_style() -> None:
     refuse_style("official")
-    with pytest.raises(ConfigError, match="brings its own chat template"):
-        refuse_style("xtuner")
+    for style, owner in (("xtuner", "InternVL in its official layout"), ("newline", "InternLM-XComposer2")):
+        with pytest.raises(ConfigError, match=f"is {style}, but this folder brings its own.*is known for {owner}"):
+            refuse_style(style)  # type: ignore[arg-type]
+
+
+def test_a_form_of_another_family_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.chat: is newline, which InternLM-XComposer2 has"):
+        chat("internlm2-chat", "newline")

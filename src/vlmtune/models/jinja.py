@@ -38,10 +38,11 @@ _TEMPLATE = """\
 {%- if not HOLDS or not messages or messages[0]['role'] != 'system' -%}{{ OPENING }}{%- endif -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}
-{%- if HOLDS -%}{{ SYSTEM_BEFORE }}
-{%- if message['content'] is string -%}{{ message['content'] }}
-{%- else -%}{%- for part in message['content'] -%}{{ part['text'] }}{%- endfor -%}{%- endif -%}
-{{ SYSTEM_AFTER }}{%- endif -%}
+{%- if HOLDS -%}
+{%- if message['content'] is string -%}{%- set told = message['content'] -%}
+{%- else -%}{%- set told = message['content'] | map(attribute='text') | join('') -%}{%- endif -%}
+{%- if told or not BARES -%}{{ SYSTEM_BEFORE }}{{ told }}{{ SYSTEM_AFTER }}{%- else -%}{{ BARE }}{%- endif -%}
+{%- endif -%}
 {%- elif message['role'] == 'user' -%}
 {%- if after.role == 'assistant' -%}{{ AGAIN }}{%- endif -%}
 {{ asked(message['content']) }}
@@ -62,6 +63,8 @@ def jinja(chat: ChatFormat, tokenizer: PreTrainedTokenizerBase, image_token: str
     values = {
         "TRIMS": "true" if chat.strips_ends else "false",
         "HOLDS": "true" if chat.system_opening else "false",
+        "BARES": "true" if chat.bare_opening is not None else "false",
+        "BARE": _quoted(chat.bare_opening or ""),
         "IMAGE": _quoted(image_token),
         "VIDEO": _quoted(video_token),
         "BLOCK": _quoted(chat.block[2] if chat.block else ""),
