@@ -90,6 +90,9 @@ def test_rows_that_would_train_nothing_or_lose_a_picture_are_named(
         ("gone.json 1", "data.txt:2: there is no file gone.json"),
         ("text.json many", "data.txt:2: "),
         ("text.json 0", "data.txt:2: the number is 0; expected more than 0. Take the line out."),
+        ("other.txt 1", "data.txt:2: other.txt: the source"),
+        ("img 1", "data.txt:2: img: the folder holds no file with rows"),
+        ("mess.json 1", "data.txt:2: mess.json: "),
     ],
 )
 def test_a_line_of_data_txt_that_is_wrong(
@@ -97,6 +100,8 @@ def test_a_line_of_data_txt_that_is_wrong(
 ) -> None:
     _write(run_yaml.parent, GOOD)
     (run_yaml.parent / "data.txt").write_text(f"vl.json 0.004\n{line}\n")
+    (run_yaml.parent / "other.txt").write_text("text.json 1\n")
+    (run_yaml.parent / "mess.json").write_text("nothing like rows")
     assert main(["check", str(run_yaml)]) in (2, 3)
     printed = " ".join(capsys.readouterr().err.split())
     assert said in printed, printed
@@ -111,3 +116,21 @@ def test_other_forms_of_the_conversation(
     _write(run_yaml.parent, GOOD)
     done = main(["check", str(run_yaml), f"model.chat={style}"])
     assert said in " ".join(capsys.readouterr().err.split()) and bool(done) == bool(said)
+
+
+def test_pictures_of_more_tokens_than_can_be_counted(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lengths are 32-bit numbers: 10¹⁴ tokens would wrap around to a length that fits."""
+    _write(run_yaml.parent, GOOD)
+    out = run_yaml.parent / "check.json"
+    assert main(["check", str(run_yaml), "model.image.size=80000000", "--json", str(out)]) == 3, capsys.readouterr()
+    bad = json.loads(out.read_text())["bad"]
+    assert [entry["origin"] for entry in bad] == ["vl.json:1", "vl.json:2", "vl.json:3"]
+    assert all("tokens; expected at most 2,147,483,647" in entry["reason"] for entry in bad)
+
+
+def test_a_data_txt_for_the_evaluation_has_no_numbers(run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write(run_yaml.parent, GOOD)
+    assert main(["check", str(run_yaml), f"data.eval={{path: {run_yaml.parent}/data.txt}}"]) == 2
+    assert "take the numbers out of a copy of the list" in " ".join(capsys.readouterr().err.split())
+    (run_yaml.parent / "eval.txt").write_text("vl.json\ntext.json\n")
+    assert main(["check", str(run_yaml), f"data.eval={{path: {run_yaml.parent}/eval.txt}}"]) == 0, capsys.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -62,6 +63,39 @@ def test_accumulation_padding_and_packing_train_alike(
     _assert_alike(one_by_one, run("8x1", 8, False))
     _assert_alike(one_by_one, run("2x4", 2, False))
     _assert_alike(one_by_one, run("packed", 1, True))
+
+
+@pytest.mark.parametrize("kind", XCOMPOSER2)
+def test_xcomposer2_rows_with_several_pictures_and_none_train_alike(
+    tmp_path: Path, base_folder: Callable[[str], Path], rows: Path, kind: str
+) -> None:
+    """An adapter, and the projector whole, under activation checkpointing, against plain single rows."""
+    pictures = [row["image"] for row in map(json.loads, rows.read_text().splitlines()) if "image" in row]
+    several = [
+        {
+            "image": [str(rows.parent / one) for one in pictures[:count]],
+            "conversations": [
+                {"from": "user", "value": "<ImageHere> " * count + "What?" * (1 + 3 * count)},
+                {"from": "assistant", "value": "It is a seven. " * (4 - count)},
+            ],
+        }
+        for count in (0, 1, 2, 3)
+    ]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(several))
+
+    def run(name: str, micro: int, packing: bool, checkpointing: bool) -> tuple[list[float], dict[str, Any]]:
+        shape = {"global_batch_size": 4, "micro_batch_size": micro, "epochs": 3, "extra": {"adam_epsilon": 1e-3}}
+        data = {"packing": packing, "max_length": 2048, "allow": [str(rows.parent)]}
+        tuning = {"method": "lora", "rank": 4, "train": ["projector"]}
+        section = {**shape, "learning_rate": 1e-2, "activation_checkpointing": checkpointing}
+        return _trained(tmp_path / name, base_folder(kind), file, train=section, data=data, tuning=tuning)
+
+    one_by_one = run("1x4", 1, False, False)
+    assert max(one_by_one[0]) - min(one_by_one[0]) > 1e-3
+    _assert_alike(one_by_one, run("4x1", 4, False, True))
+    _assert_alike(one_by_one, run("2x2", 2, False, True))
+    _assert_alike(one_by_one, run("packed", 1, True, True))
 
 
 @pytest.mark.parametrize(("decoder", "scaling"), [("internlm2", dynamic), ("phi3", su)])

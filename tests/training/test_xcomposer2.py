@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import torch
 from killed import start
 from runs import losses, make_config, write_rows, write_yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import vlmtune
 from vlmtune.errors import ConfigError, ExportError, WeightsError
@@ -106,8 +107,25 @@ def test_official_to_native_and_back_is_bit_exact(tmp_path: Path, tiny_folder: C
         before, after = load_file(base / "model.safetensors"), load_file(back.out / "model.safetensors")
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         assert json.loads((back.out / "config.json").read_text()) == json.loads((base / "config.json").read_text())
+        assert not back.notes
         tower, written = (json.loads((one / "vision_tower_config.json").read_text()) for one in (base, back.out))
         assert tower.items() <= {**written, "architectures": tower["architectures"]}.items()
+
+
+def test_a_tower_trains_beside_an_adapter_on_a_base_without_the_unused_norm(
+    tmp_path: Path, tiny_folder: Callable[[str], Path], rows: Path
+) -> None:
+    """The publisher's training leaves it out where it trained the tower; PEFT's copy of the tower has it."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder("xcomposer2"), base)
+    whole = load_file(base / "model.safetensors")
+    save_file({n: t for n, t in whole.items() if "post_layernorm" not in n}, base / "model.safetensors")
+    tuning = {"method": "lora", "rank": 4, "train": ["vision"]}
+    result = _train(tmp_path, base, rows, tuning=tuning, train={"max_steps": 1, "precision": "bfloat16"})
+    for layout in ("official", "native"):
+        out = export(result.run_dir, tmp_path / layout, layout=layout, device="cpu").out
+        assert not any("post_layernorm" in name for name in load_file(out / "model.safetensors"))
+        assert_same_logits(_logits(result.run_dir), _logits(out))
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
@@ -210,7 +228,9 @@ def test_peft_opens_an_adapter_on_an_official_base_through_a_native_one(
     theirs, ours = auto_peft_logits(result.best, tmp_path)
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
     # An export goes back to the official layout.
-    assert export(result.run_dir, tmp_path / "out", device="cpu").layout == "official"
+    back = export(result.run_dir, tmp_path / "out", device="cpu")
+    assert back.layout == "official"
+    assert [note for note in back.notes if re.search("of 42 pixels, and were of 28 in the base.*build_mlp.py", note)]
     # The second run finds the native base; nothing is written again.
     written = (native / "model.safetensors").stat().st_mtime_ns
     _train(tmp_path / "b", base, rows, **sections, train={"max_steps": 1})

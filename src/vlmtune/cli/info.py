@@ -93,7 +93,7 @@ def _print(model: Description) -> None:
         ("packing", "yes" if model.why_not_packed is None else f"no, rows are padded: {model.why_not_packed}"),
     ]
     if model.unknown or model.missing:
-        lines.append(("warning", f"{model.unknown} tensors that the model does not take, {model.missing} missing ones"))
+        lines.append(("warning", f"tensors that the model does not take: {model.unknown}; missing: {model.missing}"))
     for name, text in lines:
         print(f"{name:<14} {text}")
     differs = model.first_frames != model.frames

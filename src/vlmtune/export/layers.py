@@ -7,7 +7,6 @@ other. What is asked, and what is allowed, is that of `verify`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -144,15 +143,18 @@ def _open(
 
     model: Any = empty_model(opened)
     _fill_buffers(model, names, stream, place)
-    homes = {
-        module: {own: f"{path}.{own}" if path else own for own, _ in module.named_parameters(recurse=False)}
-        for path, module in model.named_modules()
-    }
+    homes = {module: _on_disk(module, path, names) for path, module in model.named_modules()}
     # NaN: whatever is computed with weights that were not read cannot pass for an answer.
     fill_with_stand_ins(model, float("nan"), place)
     wrapped = model if located.base is None else attach(model, located.path)
     _Visits(homes, read, meter).install(wrapped)
     return Session(wrapped.eval(), opened, located)
+
+
+def _on_disk(module: nn.Module, path: str, names: Mapping[str, str]) -> dict[str, str]:
+    """The module's own parameters by their names in the model; what a folder may lack, and does, stays NaN."""
+    own = {one: f"{path}.{one}" if path else one for one, _ in module.named_parameters(recurse=False)}
+    return {one: name for one, name in own.items() if name in names}
 
 
 def _names_on_disk(bare: PreTrainedModel, table: NameTable, source: Shards) -> dict[str, str]:
@@ -172,10 +174,11 @@ def _names_on_disk(bare: PreTrainedModel, table: NameTable, source: Shards) -> d
         shape = link.shapes(source.infos[link.disk].shape)[link.parameters.index(place)]
         if shape != tuple(state[name].shape):
             mismatched.append((name, shape, tuple(state[name].shape)))
-    missing = [name for name, place in places.items() if place is None]
-    ignored = [re.compile(pattern) for pattern in bare._keys_to_ignore_on_load_unexpected or ()]
+    missing = strict.demanded(
+        (name for name, place in places.items() if place is None), bare._keys_to_ignore_on_load_missing
+    )
     unknown = [disk for disk in source.infos if disk not in table.links]
-    unexpected = [disk for disk in unknown if not any(pattern.search(disk) for pattern in ignored)]
+    unexpected = strict.unread(unknown, bare)
     complaints = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched}
     strict.check_loading(complaints, where=str(source.folder))
     return found
@@ -240,9 +243,10 @@ class _Visits:
         self._guests[home] -= 1
         if self._guests[home]:
             return
-        for own, stand_in in self._stand_ins.pop(home).items():
+        stand_ins = self._stand_ins.pop(home)
+        for own in self._homes[home]:
             self._meter.add(-home.get_parameter(own).nbytes)
-            home.register_parameter(own, stand_in)
+            home.register_parameter(own, stand_ins[own])
 
 
 def _used_by(module: nn.Module) -> Iterator[nn.Module]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmtune.infer.session import attach
+from vlmtune.weights import strict
 from vlmtune.weights.names import NameTable, name_table, skeleton, tied_names
 from vlmtune.weights.shards import Shards
 
@@ -80,6 +81,10 @@ def plan_merge(opened: OpenedFolder, adapter: Path, shards: Shards) -> Merge:
     fill_with_stand_ins(model)
     wrapped = attach(model, adapter)
     layers, replaced = _changes(wrapped)
+    # Tensors that no file needs, as nothing reads them, stand in the copy that PEFT makes of a component all the same.
+    may_lack = [name for name in replaced if name not in table.link_of]
+    unneeded = set(may_lack) - set(strict.demanded(may_lack, model._keys_to_ignore_on_load_missing))
+    replaced = {name: tensor for name, tensor in replaced.items() if name not in unneeded}
     return Merge(_on_disk(layers, table, tied), _on_disk(replaced, table, tied))
 
 

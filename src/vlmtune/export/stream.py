@@ -18,7 +18,7 @@ from vlmtune.weights import shards
 from vlmtune.weights.layout import Link
 from vlmtune.weights.names import name_table, saved_links, skeleton
 from vlmtune.weights.shards import FLOATING, Shards, TensorInfo
-from vlmtune.weights.strict import listed
+from vlmtune.weights.strict import listed, unread
 
 if TYPE_CHECKING:
     from vlmtune.models.family import OpenedFolder
@@ -48,7 +48,7 @@ def plan_route(opened: OpenedFolder, source: Shards, layout: str) -> Route:
     if layout == opened.layout and not (layout == NATIVE and NATIVE in opened.layouts):
         known = {disk: link for disk, link in table.links.items() if disk not in table.converted}
         return Route(sources, {disk: known.get(disk, Link(disk, ())) for disk in source.infos})
-    unknown = [disk for disk in source.infos if disk not in table.links]
+    unknown = unread((disk for disk in source.infos if disk not in table.links), model)
     try:
         targets = saved_links(model, sources, opened.layouts.get(layout))
     except KeyError as error:

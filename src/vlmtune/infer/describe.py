@@ -16,6 +16,7 @@ from vlmtune.models.family import ChatFormat, OpenedFolder
 from vlmtune.models.load import open_folder
 from vlmtune.weights.names import name_table, skeleton
 from vlmtune.weights.shards import Shards, dtype_name, read_header
+from vlmtune.weights.strict import demanded, unread
 
 _WHOLE, _BOX = (640, 480), Box((64, 48, 320, 240))
 SIZES: tuple[Size, ...] = ((224, 224), (448, 448), (640, 480), (1280, 720), (1920, 1080), (1080, 2400))
@@ -82,8 +83,8 @@ def describe(located: Located) -> Description:
         layout=opened.layout + ("" if same else " (under transformers' legacy hub names)"),
         dtypes=dtypes,
         parameters=parameters,
-        unknown=len(shards) - len(table.links),
-        missing=len(missing),
+        unknown=len(unread((disk for disk in shards.infos if disk not in table.links), model)),
+        missing=len(demanded(missing, model._keys_to_ignore_on_load_missing)),
         chat=_chat(opened.chat),
         pictures={f"{w}×{h}": _cost(opened, (w, h)) for w, h in SIZES},
         first_frames={f"{w}×{h}": _cost(opened, (w, h), frame=0) for w, h in SIZES},

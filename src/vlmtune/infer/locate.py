@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +118,7 @@ def _has_native_names(adapter: Path, base: str | Path | None) -> bool:
     if (adapter / PROVENANCE).is_file():
         return True
     named = str(base or _read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path"))
-    if not any(Path(place, named).expanduser().is_dir() for place in ("", adapter)):
+    if not any(os.path.isdir(os.path.join(place, os.path.expanduser(named))) for place in ("", adapter)):
         return False
     try:
         folder = read_folder(_base_of(adapter, base))
@@ -183,14 +184,14 @@ def _base_of(folder: Path, given: str | Path | None) -> Path:
         raise WeightsError("the adapter names no base model", where=str(folder), remedy="Point to it: --base DIR.")
     if HUB_ID.fullmatch(str(named)) and not any(Path(place, named).exists() for place in ("", folder)):
         return _folder(named)
-    base = Path(named).expanduser()
+    base = Path(os.path.expanduser(str(named)))  # unlike pathlib's, silent on a user or a name that cannot be
     if not base.is_absolute():
         # A relative path was written against a working folder that is not known any more; the adapter's own folder
         # is the only other place that it can mean.
-        base = base.absolute() if base.is_dir() else folder / base
+        base = base.absolute() if os.path.isdir(base) else folder / base
     if given:
         return _given_base(base)
-    if (base / "config.json").is_file():
+    if os.path.isfile(base / "config.json"):
         return base
     raise WeightsError(
         f"the base model of this adapter is not at {named}",

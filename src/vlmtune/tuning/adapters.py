@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,6 +19,7 @@ from vlmtune.nn.partial_lora import PartialLoRA
 from vlmtune.tuning.components import component_of, freeze_all_but, native_name, never_trains
 
 HEAD = "head"
+_COPY = ".modules_to_save."  # in PEFT's names of what trains beside an adapter
 
 
 def prepare(
@@ -27,7 +27,8 @@ def prepare(
 ) -> PreTrainedModel | PeftModel:
     """Makes ready what trains: freezes components, or wraps the model with an adapter; installs drop path.
 
-    Every trained tensor is float32 afterwards, whatever the base is kept in.
+    Every trained tensor, and all of a component that trains beside an adapter, is float32 afterwards, whatever the base
+    is kept in.
 
     Raises:
         ConfigError: a target hits no Linear layer (the message names candidates), a component with a rank of its own
@@ -39,9 +40,10 @@ def prepare(
         prepared: PreTrainedModel | PeftModel = model
     else:
         prepared = _with_adapter(model, opened, tuning)
-    for parameter in prepared.parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            # Small updates vanish in bfloat16; the forward pass runs under autocast.
+    for name, parameter in prepared.named_parameters():
+        # Small updates vanish in bfloat16; the forward pass runs under autocast. Frozen layers inside a trained copy go
+        # along: not every one takes the float32 of the layers before it, and FSDP2 wants one dtype in what it shards.
+        if parameter.requires_grad or (_COPY in name and parameter.is_floating_point()):
             parameter.data = parameter.data.float()
     if tuning.drop_path:
         _install_drop_path(prepared, opened, tuning.drop_path)
@@ -191,7 +193,7 @@ def _with_adapter(model: PreTrainedModel, opened: OpenedFolder, tuning: LoraTuni
     )
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
-        if idle and ".modules_to_save." in name and idle.search(native_name(name)):
+        if idle and _COPY in name and idle.search(native_name(name)):
             parameter.requires_grad_(False)
     if is_our_own(type(model)):
         # Without a task PEFT's Auto classes would look the model up by its module, and refuse all but a few packages.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from vlmtune.errors import WeightsError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _SHOWN = 8
+_OLD_BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 
 
 def check_loading(info: Mapping[str, Any], *, where: str) -> None:
@@ -34,6 +39,26 @@ def check_loading(info: Mapping[str, Any], *, where: str) -> None:
             where=where,
             remedy="Download the folder again, or check that config.json belongs to these files.",
         )
+
+
+def demanded(names: Iterable[str], ignored: Iterable[str] | None) -> list[str]:
+    """The names that a model class does not let pass; `ignored` are its `_keys_to_ignore_on_load_*`, or None."""
+    patterns = [re.compile(one) for one in ignored or ()]
+    return [name for name in names if not any(pattern.search(name) for pattern in patterns)]
+
+
+def unread(names: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """The tensors of files that a model has no place for, without those that transformers lets pass while it loads.
+
+    Older versions of it wrote buffers that follow from config.json; where a model still has such buffers, they pass.
+
+    Args:
+        names: tensors that fill nothing.
+        model: may lie on the meta device.
+    """
+    own = [name for name, _ in model.named_buffers()]
+    passed = [rf"(^|\.){re.escape(one)}$" for one in _OLD_BUFFERS if any(name.endswith(one) for name in own)]
+    return demanded(names, [*(model._keys_to_ignore_on_load_unexpected or ()), *passed])
 
 
 def listed(names: Iterable[str]) -> str:

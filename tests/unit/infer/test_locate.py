@@ -202,3 +202,14 @@ def test_a_foreign_checkpoint_asks_for_the_model_whosoever_it_is(tmp_path: Path)
     (tmp_path / "iter_5.pth").write_bytes(b"")
     with pytest.raises(UsageError, match=r"Point to that model's folder, as it was before the training: --base DIR"):
         locate(tmp_path / "iter_5.pth", foreign=True)
+
+
+@pytest.mark.parametrize("named", ["~no-such-user/model", "a" * 5000, "a/" * 3000, "a\0b", 5])
+@pytest.mark.parametrize("layer", ["layers.0.attention.wqkv", "language_model.layers.0.self_attn.q_proj"])
+def test_a_base_that_no_path_can_be_is_said(layer: str, named: object, tmp_path: Path) -> None:
+    save_file(
+        {f"base_model.model.model.{layer}.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "adapter_model.safetensors"
+    )
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": named}))
+    with pytest.raises((UsageError, WeightsError), match="--base"):
+        locate(tmp_path)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from vlmtune.config.schema import FullTuning, LoraTuning
+from vlmtune.data.collate import smallest_picture
 from vlmtune.errors import ConfigError
 from vlmtune.models.load import load_model, open_folder
 from vlmtune.tuning.adapters import prepare, target_modules, target_regex
@@ -149,3 +150,16 @@ def test_drop_path_is_refused_where_pictures_lie_end_to_end(tiny_folder: Callabl
         prepare(load_model(opened), opened, FullTuning(drop_path=0.1))
     plain = open_folder(tiny_folder("llava"))
     prepare(load_model(plain), plain, FullTuning(drop_path=0.1))
+
+
+@pytest.mark.parametrize("kind", ["xcomposer2", "llava"])
+def test_a_tower_beside_an_adapter_is_float32_throughout(tiny_folder: Callable[[str], Path], kind: str) -> None:
+    """Its frozen layers behind the feature layer run all the same, on the float32 of those before them."""
+    opened = open_folder(tiny_folder(kind))
+    tuning = LoraTuning(targets=("language",), train=("vision",))
+    model = prepare(load_model(opened, dtype=torch.bfloat16), opened, tuning)
+    copy = {name: one for name, one in model.named_parameters() if ".modules_to_save." in name}
+    assert any(not one.requires_grad for one in copy.values())
+    assert {one.dtype for one in copy.values()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        model.get_base_model().get_image_features(**smallest_picture(opened))

@@ -267,6 +267,7 @@ def refuse_mixing(corpus: Corpus) -> None:
                 f"the eval source {source.name} has {way}",
                 where="data.eval",
                 expected=f"no `{way.split()[0]}`: an evaluation takes every row once",
+                remedy="If a list of files says it, take the numbers out of a copy of the list.",
             )
 
 

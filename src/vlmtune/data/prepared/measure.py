@@ -15,6 +15,7 @@ from vlmtune.errors import DataError
 
 Kind = Literal["row", "length"]
 
+MOST_TOKENS = 2**31 - 1  # of a row; lengths are counted in int32
 SMALL_SIDE = 8  # pixels; a picture below this is suspicious
 
 
@@ -73,11 +74,18 @@ def counts(sample: Sample, laid: Laid) -> tuple[int, ...]:
     """One row's entries in `COLUMNS`.
 
     Raises:
-        DataError: nothing in the row would be trained.
+        DataError: nothing in the row would be trained, or it has more tokens than can be counted.
     """
     trained = laid.num_trained
     if not trained:
         raise DataError("the row has no trained token", where=sample.origin, expected="an answer with some text")
+    if laid.num_tokens > MOST_TOKENS:
+        raise DataError(
+            f"the row has {laid.num_tokens:,} tokens",
+            where=sample.origin,
+            expected=f"at most {MOST_TOKENS:,}, which no computer has room for",
+            remedy="Look at model.image and model.video, if the row itself is of a usual size.",
+        )
     return (laid.num_tokens, trained, *seen(sample, laid.media))
 
 

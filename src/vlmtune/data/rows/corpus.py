@@ -172,7 +172,7 @@ def open_corpus(sources: Sequence[AnySource], *, allow: Sequence[str] = (), memo
             that contradicts its files.
     """
     listed = expand(sources)
-    settled_sources = [_settled(entry.source) for entry in listed]
+    settled_sources = [_settled(entry) for entry in listed]
     for source in settled_sources:
         check_columns(source.columns)
     opened = [_listed_rows(entry, source, memory) for entry, source in zip(listed, settled_sources, strict=True)]
@@ -195,11 +195,16 @@ def open_corpus(sources: Sequence[AnySource], *, allow: Sequence[str] = (), memo
     return Corpus(tuple(found))
 
 
-def _settled(source: SourceConfig | HubSource) -> SourceConfig:
+def _settled(entry: Listed) -> SourceConfig:
     """A source whose path is a file or a pattern of files, or one folder that `save_to_disk` wrote."""
+    source = entry.source
     if isinstance(source, HubSource):
         return fetched(source)
-    found = settled(source) if os.path.isdir(source.path) else source
+    try:
+        found = settled(source) if os.path.isdir(source.path) else source
+    except DataError as error:
+        _name_line(error, entry)
+        raise
     if found.split is not None:
         raise DataError(
             f"`split` is {found.split!r}, but there is one split only",
@@ -214,8 +219,13 @@ def _listed_rows(entry: Listed, source: SourceConfig, memory: Path | None) -> Ro
     try:
         return _open_rows(source, memory)
     except DataError as error:
-        error.where = error.where or entry.where  # the line of the list that names the file
+        _name_line(error, entry)
         raise
+
+
+def _name_line(error: DataError, entry: Listed) -> None:
+    """Puts the line of the list that names the file, where there is one, in front of the error's own place."""
+    error.where = ": ".join(place for place in (entry.where, error.where) if place)
 
 
 def _open_rows(source: SourceConfig, memory: Path | None) -> Rows:

@@ -8,6 +8,7 @@ folders internlm-xcomposer2-7b, -vl-7b and -4khd-7b.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isqrt
 from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
@@ -15,7 +16,7 @@ from transformers import CLIPVisionConfig
 
 from vlmtune.errors import WeightsError
 from vlmtune.files import read_json
-from vlmtune.models.decoders import COPY_CONFIG, INTERNLM2, check_counts, text_config
+from vlmtune.models.decoders import COPY_CONFIG, INTERNLM2, check_activation, check_counts, text_config
 from vlmtune.models.family import ModelFolder
 from vlmtune.models.xcomposer2.configuration import XComposer2Config
 from vlmtune.models.xcomposer2.weights import PATCHES, POSITIONS, SEPARATOR
@@ -25,7 +26,8 @@ from vlmtune.weights.shards import Shards
 TOWER_FILE = "vision_tower_config.json"
 """A CLIPVisionConfig beside config.json, for towers other than the publisher's; their folders need none."""
 RECORD = "vlmtune"
-"""Key of an official config.json under which it says what the publisher's has no word for: {max_tiles}."""
+"""Key of an official config.json under which it says what the publisher's has no word for: {max_tiles, chat}."""
+UNSAID = ("max_tiles", "chat")
 _ARCHITECTURE = "InternLMXComposer2ForCausalLM"
 _CLIP_L_336 = {
     "hidden_size": 1024,
@@ -42,7 +44,8 @@ _RANK_OF = "model.layers.0.attention.{}.Plora_A.weight"
 
 def is_official(config: Mapping[str, Any]) -> bool:
     """By the architecture: model_type is internlm, internlm2 or internlmxcomposer2 in folders of the same model."""
-    return _ARCHITECTURE in (config.get("architectures") or ())
+    named = config.get("architectures")
+    return isinstance(named, list) and _ARCHITECTURE in named
 
 
 def native_config(folder: ModelFolder) -> XComposer2Config:
@@ -55,13 +58,14 @@ def native_config(folder: ModelFolder) -> XComposer2Config:
     shapes = {name: info.shape for name, info in Shards(folder.path).infos.items()}
     decoder = {**folder.config, "model_type": INTERNLM2}
     high_resolution = SEPARATOR in shapes
+    kept: dict[str, Any] = folder.config.get(RECORD) or {}
     try:
         check_counts(decoder, field="config.json", where=where)
         return XComposer2Config(
             text_config=text_config(decoder, tied=False, where=where),
             vision_config=_vision(folder, shapes),
             high_resolution=high_resolution,
-            max_tiles=(folder.config.get(RECORD) or {}).get("max_tiles", XComposer2Config.max_tiles),
+            **{name: kept[name] for name in UNSAID if name in kept},
             partial_rank=_shape(shapes, _RANK_OF.format("wo"), where)[0],
             partial_wqkv_rank=_shape(shapes, _RANK_OF.format("wqkv"), where)[0],
             partial_wqkv_scale=_HIGH_RESOLUTION_SCALE if high_resolution else 1.0,
@@ -77,13 +81,24 @@ def native_config(folder: ModelFolder) -> XComposer2Config:
         raise WeightsError(f"config.json: {' '.join(str(error).split())}", where=where, remedy=COPY_CONFIG) from error
 
 
-def _vision(folder: ModelFolder, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+def _vision(folder: ModelFolder, shapes: Mapping[str, Shape]) -> CLIPVisionConfig:
     """The tower's sizes; its picture size is the one that the table of positions is for."""
     where = str(folder.path)
     file = folder.path / TOWER_FILE
     known = read_json(file) if file.is_file() else _CLIP_L_336
-    width, _, patch, _ = _shape(shapes, PATCHES, where)
-    positions = _shape(shapes, POSITIONS, where)[0]
+    missing = [name for name in ("hidden_size", "patch_size") if name not in known]
+    if missing:
+        raise WeightsError(
+            f"has no {' and no '.join(missing)}", where=str(file), expected="the fields of a CLIPVisionConfig",
+            remedy="Copy the tower's configuration again.",
+        )  # fmt: skip
+    width, _, patch, _ = _shape(shapes, PATCHES, where, axes=4)
+    patches = _shape(shapes, POSITIONS, where)[0] - 1
+    if patches < 1 or isqrt(patches) ** 2 != patches:
+        raise WeightsError(
+            f"the tensor {POSITIONS} has {patches + 1} rows", where=where, expected="1 + n² rows",
+            remedy="Download the folder again.",
+        )  # fmt: skip
     if (width, patch) != (known["hidden_size"], known["patch_size"]):
         raise WeightsError(
             f"the vision tower has a width of {width} and patches of {patch} pixels",
@@ -91,15 +106,31 @@ def _vision(folder: ModelFolder, shapes: Mapping[str, Shape]) -> dict[str, Any]:
             expected=f"{known['hidden_size']} and {known['patch_size']}, as {TOWER_FILE} or CLIP-L/14 have them",
             remedy=f"Write the tower's configuration (of its own folder, a CLIPVisionConfig) to {TOWER_FILE}.",
         )
-    return {**known, "image_size": round((positions - 1) ** 0.5) * patch}
+    return _tower({**known, "image_size": isqrt(patches) * patch}, where=str(file) if file.is_file() else where)
 
 
-def _shape(shapes: Mapping[str, Shape], name: str, where: str) -> Shape:
+def _tower(fields: dict[str, Any], *, where: str) -> CLIPVisionConfig:
+    try:
+        vision = CLIPVisionConfig(**fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise WeightsError(
+            " ".join(str(error).split()), where=where, remedy="Copy the tower's configuration again."
+        ) from error
+    check_activation(vision.hidden_act, field="the tower", where=where)
+    return vision
+
+
+def _shape(shapes: Mapping[str, Shape], name: str, where: str, *, axes: int = 2) -> Shape:
     if name not in shapes:
         raise WeightsError(
             f"there is no tensor {name} in the files", where=where,
             expected="all tensors of InternLM-XComposer2, partial LoRA and vision tower among them",
             remedy="Download the folder again. Adapters alone are opened by `vlmtune chat`, `eval` and `export`.",
+        )  # fmt: skip
+    if len(shapes[name]) != axes:
+        raise WeightsError(
+            f"the tensor {name} has the shape {shapes[name]}", where=where, expected=f"{axes} axes",
+            remedy="Download the folder again.",
         )  # fmt: skip
     return shapes[name]
 

@@ -9,6 +9,7 @@ from typing import Literal, cast
 import numpy as np
 import PIL.Image
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CLIPVisionConfig,
     PretrainedConfig,
@@ -19,8 +20,9 @@ from transformers import (
 
 from vlmtune.config.schema import ChatStyle, MediaOptions
 from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
-from vlmtune.errors import ConfigError
+from vlmtune.errors import ConfigError, WeightsError
 from vlmtune.models import native
+from vlmtune.models.decoders import check_counts
 from vlmtune.models.family import NATIVE, OFFICIAL, BoxFormat, ChatFormat, Components, ModelFolder, OpenedFolder
 from vlmtune.models.text import TextEncoder
 from vlmtune.models.xcomposer2 import chat, folders, pictures
@@ -32,6 +34,8 @@ from vlmtune.models.xcomposer2.weights import POSITIONS, ResizePositions, offici
 from vlmtune.weights.layout import WeightTable
 from vlmtune.weights.ops import KEEP
 from vlmtune.weights.shards import Shards
+
+_EXPORT_AGAIN = "Copy config.json from where the folder was written, or export it again."
 
 
 class XComposer2Family:
@@ -123,7 +127,8 @@ class XComposer2Family:
         spec: XComposer2Spec,
         style: ChatStyle | None,
     ) -> ChatFormat:
-        return chat.chat_format(cast(PreTrainedTokenizerFast, tokenizer), style)
+        own = cast(ChatStyle | None, _own_config(folder).chat)
+        return chat.chat_format(cast(PreTrainedTokenizerFast, tokenizer), style or own)
 
     def boxes(self, folder: ModelFolder) -> BoxFormat:
         del folder
@@ -185,4 +190,16 @@ def _own_config(folder: ModelFolder) -> XComposer2Config:
     """As the folder says it, before any option."""
     if is_official(folder.config):
         return native_config(folder)
-    return XComposer2Config.from_dict(dict(folder.config))
+    where = str(folder.path)
+    try:
+        for part in XComposer2Config.sub_configs:
+            if not isinstance(folder.config.get(part), dict):  # transformers would take a model of 7 billion parameters
+                raise WeightsError(f"config.json has no {part}", where=where, remedy=_EXPORT_AGAIN)
+        check_counts(folder.config["text_config"], field="text_config", where=where)
+        return XComposer2Config.from_dict(dict(folder.config))
+    except KeyError as error:
+        raise WeightsError(
+            f"config.json: text_config has no {error.args[0]!r}", where=where, remedy=_EXPORT_AGAIN
+        ) from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise WeightsError(f"config.json: {' '.join(str(error).split())}", where=where, remedy=_EXPORT_AGAIN) from error

@@ -5,6 +5,7 @@ Which folders say official things, and what native ones keep of them, is in mode
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -16,7 +17,7 @@ from vlmtune.models import native, records
 from vlmtune.models.family import NATIVE, ModelFolder, OpenedFolder
 from vlmtune.models.records import KEPT
 from vlmtune.models.xcomposer2 import chat
-from vlmtune.models.xcomposer2.config import RECORD, TOWER_FILE, is_official, official_of, tower_file
+from vlmtune.models.xcomposer2.config import RECORD, TOWER_FILE, UNSAID, is_official, official_of, tower_file
 from vlmtune.models.xcomposer2.configuration import XComposer2Config
 
 
@@ -35,7 +36,7 @@ def write_files(opened: OpenedFolder, layout: str, out: Path) -> list[str]:
         return _write_official(opened, out)
     folder = opened.folder.path
     native.copy_licences(folder, out)
-    opened.config.save_pretrained(out)
+    _as_trained(opened).save_pretrained(out)
     chat.write_tokenizer(cast(PreTrainedTokenizerFast, opened.tokenizer), opened.chat, out)
     found = conventions(opened.folder)
     if found is not None:
@@ -45,20 +46,36 @@ def write_files(opened: OpenedFolder, layout: str, out: Path) -> list[str]:
     return ["transformers has no class for the model: AutoModelForCausalLM opens it after `import vlmtune.models`"]
 
 
+def _as_trained(opened: OpenedFolder) -> XComposer2Config:
+    """The configuration with the form of conversations, which an opened folder has as an option."""
+    config = cast(XComposer2Config, copy.deepcopy(opened.config))
+    config.chat = opened.media.chat or config.chat
+    return config
+
+
 def _write_official(opened: OpenedFolder, out: Path) -> list[str]:
-    folder, config = opened.folder.path, cast(XComposer2Config, opened.config)
+    folder, config = opened.folder.path, _as_trained(opened)
     official = records.official_config(opened.folder, official=is_official(opened.folder.config))
     kept = folder / KEPT if (folder / KEPT).is_dir() else folder
     native.copy_files(kept, out, more=records.code(kept))
     if (tower := tower_file(config)) is not None:
         write_json(out / TOWER_FILE, tower)
-    said = {**(official or official_of(config)), "img_size": cast(CLIPVisionConfig, config.vision_config).image_size}
-    if config.max_tiles != XComposer2Config.max_tiles:
-        said[RECORD] = {"max_tiles": config.max_tiles}
+    size, before = cast(CLIPVisionConfig, config.vision_config).image_size, (official or {}).get("img_size")
+    said = {**(official or official_of(config)), "img_size": size}
+    unsaid = {name: vars(config)[name] for name in UNSAID if vars(config)[name] != vars(XComposer2Config)[name]}
+    if unsaid:
+        said[RECORD] = unsaid
     write_json(out / "config.json", said)
+    notes = []
+    if before not in (None, size):
+        notes.append(
+            f"pictures are squares of {size} pixels, and were of {before} in the base: the official code has the grid "
+            "of its positions as a constant in build_mlp.py (resize_pos), to be changed before it opens the folder"
+        )
     if records.code(kept):
-        return []
+        return notes
     return [
+        *notes,
         "the base has no official Python files; to load the folder with the official code, copy them from a model "
-        "repository"
+        "repository",
     ]

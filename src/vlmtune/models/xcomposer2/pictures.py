@@ -89,8 +89,6 @@ def spec_of(config: XComposer2Config, options: ImageOptions, *, where: str) -> X
     if not config.high_resolution:
         return XComposer2Spec(high_resolution=False, size=_square(options, size, patch), patch=patch, max_tiles=1)
     most = config.max_tiles if options.max_tiles is None else options.max_tiles
-    if not isinstance(most, int) or most < 1:
-        raise WeightsError(f"max_tiles is {most!r}", where=where, expected="a whole number from 1 on")
     return XComposer2Spec(high_resolution=True, size=size, patch=patch, max_tiles=most)
 
 
@@ -161,8 +159,9 @@ def about(spec: XComposer2Spec) -> str:
     """How pictures are seen, for `vlmtune info`."""
     if not spec.high_resolution:
         return f"stretched to a square of {spec.size} pixels"
+    tiles = f"{spec.max_tiles} tile{'' if spec.max_tiles == 1 else 's'}"
     return (
-        f"enlarged to fill up to {spec.max_tiles} tiles of {spec.size} pixels, padded with white, and shown once more "
+        f"enlarged to fill up to {tiles} of {spec.size} pixels, padded with white, and shown once more "
         "as a whole in front of the tiles"
     )
 

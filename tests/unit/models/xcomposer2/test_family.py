@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,11 @@ def test_a_tower_without_the_unused_norm_opens(tmp_path: Path) -> None:
             del tensors[f"vit.vision_tower.vision_model.post_layernorm.{part}"]
 
     whole = table(sized(furnish(RECORDS / "vl", tmp_path / "whole"), None))
-    assert torch.equal(table(sized(rewritten(furnish(RECORDS / "vl", tmp_path / "less"), change), None)), whole)
+    less = rewritten(furnish(RECORDS / "vl", tmp_path / "less"), change)
+    assert torch.equal(table(sized(less, None)), whole)
+    for mode in ("full", "layers"):
+        found = export(less, tmp_path / mode, layout="native", verify=mode, device="cpu")
+        assert [one.difference for one in found.comparisons] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("lost", ["model.layers.0.attention.wqkv.Plora_A.weight", "vision_proj.2.bias", "plora_sub_GN"])
@@ -107,3 +112,46 @@ def test_the_length_of_training_rows_is_no_limit_of_answers(tmp_path: Path) -> N
     assert "max_length" in json.loads((folder / "config.json").read_bytes())
     model = load_model(open_folder(folder))
     assert model.generation_config is not None and model.generation_config.max_length is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config: config.pop("text_config"), "config.json has no text_config"),
+        (lambda config: config.update(vision_config="clip"), "config.json has no vision_config"),
+        (lambda config: config["text_config"].pop("vocab_size"), "text_config has no 'vocab_size'"),
+        (lambda config: config["text_config"].update(num_hidden_layers="2"), "num_hidden_layers is '2'"),
+        (lambda config: config["vision_config"].update(hidden_size="x"), "config.json: .*hidden_size"),
+        (lambda config: config.update(partial_rank="8"), "config.json: .*partial_rank is '8'"),
+        (lambda config: config.update(max_tiles=0), "config.json: .*max_tiles is 0"),
+        (lambda config: config.update(partial_scale="2"), "config.json: .*partial_scale is '2'"),
+    ],
+)
+def test_a_broken_config_of_a_native_folder_is_said(change: Callable[[Any], object], said: str, tmp_path: Path) -> None:
+    native = export(furnish(RECORDS / "vl", tmp_path / "vl"), tmp_path / "native", layout="native", verify="none").out
+    config = json.loads((native / "config.json").read_text(encoding="utf-8"))
+    change(config)
+    (native / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(WeightsError, match=said):
+        open_folder(native)
+
+
+@pytest.mark.parametrize("style", ["official", "newline"])
+def test_exports_keep_the_form_of_conversations_that_was_trained(style: Any, tmp_path: Path) -> None:
+    opened = open_folder(furnish(RECORDS / "vl", tmp_path / "vl"), MediaOptions(chat=style))
+    for layout in ("native", "official"):
+        (out := tmp_path / layout).mkdir()
+        opened.family.write_files(opened, layout, out)
+        for file in (tmp_path / "vl").glob("*.safetensors"):  # for the sizes of an official folder
+            (out / file.name).symlink_to(file.resolve())
+        assert open_folder(out).chat == opened.chat
+    assert open_folder(tmp_path / "vl").chat != opened.chat
+
+
+def test_an_unknown_form_of_conversations_is_said(tmp_path: Path) -> None:
+    folder = furnish(RECORDS / "vl", tmp_path / "vl")
+    said = {**json.loads((folder / "config.json").read_bytes()), "vlmtune": {"chat": "loud"}}
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(WeightsError, match="chat is 'loud'; expected null or official"):
+        open_folder(folder)
