@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from vlmtune.weights.layout import Link
 
 _RECORDED = {
     "img": "<img>", "img_end": "</img>", "img_context": "<IMG_CONTEXT>", "im_start": "<|im_start|>",
@@ -51,3 +54,15 @@ def recorded_batch(case: Path, name: str) -> dict[str, Any]:
     shown = io[f"{name}.input.image_flags"].flatten().bool()
     given = {key: io[f"{name}.input.{key}"] for key in ("input_ids", "attention_mask", "labels")}
     return {**given, "pixel_values": io[f"{name}.input.pixel_values"][shown], "use_cache": False}
+
+
+def official_grads(model: Any, links: list[Link]) -> dict[str, torch.Tensor]:
+    """The gradients under official names, fused as the official tensors are."""
+    parameters = dict(model.named_parameters())
+    found = {}
+    for link in links:
+        grads = tuple(parameters[name].grad for name in link.parameters if name in parameters)
+        if grads:
+            whole = tuple(torch.zeros(1) if grad is None else grad for grad in grads)
+            found[link.disk] = link.op.join(whole) if all(grad is not None for grad in grads) else torch.zeros(1)
+    return found

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import torch
+from safetensors.torch import save_file
 
-from vlmtune.data.sample import Image, MediaRef, Message, Part, Sample, Size, Text
+from vlmtune.data.sample import Image, MediaRef, Message, Part, PseudoText, Sample, Size, Text
 
 
 def write_picture(folder: Path, size: Size, seed: int = 0) -> MediaRef:
@@ -58,4 +60,31 @@ def varied_samples(folder: Path) -> list[Sample]:
             origin="a:4",
         ),
         conversation(("user", ["2 + 2?"]), ("assistant", ["4, no more."]), origin="a:5"),
+    ]
+
+
+def write_embedding(path: Path, rows: int, length: int, *, seed: int = 0, key: str = "rows") -> MediaRef:
+    """A safetensors file with one (rows, length) tensor of noise in float32, or the same as torch.save writes it."""
+    tensor = torch.randn(rows, length, generator=torch.Generator().manual_seed(seed))
+    if path.suffix == ".safetensors":
+        save_file({key: tensor}, path)
+    else:
+        torch.save(tensor, path)
+    return MediaRef(path=str(path))
+
+
+def embedded_samples(folder: Path, length: int) -> list[Sample]:
+    """Pseudo-text with a picture, before and behind it, and alone."""
+    page = PseudoText(write_embedding(folder / "page.pt", 3, length))
+    line = PseudoText(write_embedding(folder / "line.safetensors", 2, length, seed=1))
+    picture = Image(write_picture(folder, (100, 40), 1))
+
+    def about(*parts: Part) -> Sample:
+        messages = (Message("user", parts), Message("assistant", (Text("It is a seven."),)))
+        return Sample(messages=messages, origin="e:1")
+
+    return [
+        about(picture, Text("\n"), page, Text(" and "), line, Text("\nWhat does the screen say?")),
+        about(line, Text("\n"), picture, Text("\nWhich menu?")),
+        about(Text("Describe "), page),
     ]

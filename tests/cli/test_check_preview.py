@@ -9,6 +9,8 @@ from typing import Any
 
 import PIL.Image
 import pytest
+import torch
+from rows import write_embedding
 
 from vlmtune.cli.main import main
 
@@ -140,3 +142,32 @@ def test_preview_shows_bad_rows_on_the_page(run_yaml: Path, capsys: pytest.Captu
     assert "gone&lt;i&gt;.png" in html and "gone<i>" not in html and "✗ bad row." in html
     assert main(["preview", str(run_yaml), "--row", "1", "--html", str(page)]) == 0
     assert page.read_text(encoding="utf-8").count("<article") == 1
+
+
+def test_embeddings_are_counted_decoded_and_shown(
+    run_yaml: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_yaml.parent
+    length = json.loads((model / "config.json").read_text())["text_config"]["hidden_size"]
+    write_embedding(folder / "page.pt", 5, length)
+    torch.save(torch.full((2, length), torch.inf), folder / "inf.pt")
+    turns = [{"from": "human", "value": "<image>\nRead <embedding>."}, {"from": "gpt", "value": "Yes."}]
+    write_rows(folder, [row(i, embedding="page.pt", conversations=turns) for i in range(12)])
+    out = folder / "check.json"
+    assert main(["check", str(run_yaml), "--json", str(out)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "images embedded tokens" in printed and "Pictures and embeddings were read up to their headers" in printed
+    report = json.loads(out.read_text())
+    assert (report["images"], report["embedded"], report["sources"][0]["embedded"]) == (12, 60, 60)
+    assert main(["preview", str(run_yaml), "-n", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "[embedding page.pt: 5 tokens]" in printed and "1 image, 1 embedding of 5 rows" in printed
+
+    write_rows(folder, [row(0, embedding="inf.pt", conversations=turns), *(row(i) for i in range(1, 12))])
+    assert main(["check", str(run_yaml)]) == 0
+    assert main(["check", str(run_yaml), "--decode", "--json", str(out)]) == 3
+    (bad,) = json.loads(out.read_text())["bad"]
+    assert bad["origin"] == "rows.jsonl:1"
+    assert bad["reason"].startswith(
+        "the embedding inf.pt has NaN or infinity in 2 of its 2 rows, the first being row 1"
+    )

@@ -33,15 +33,16 @@ def commands(lines: list[str]) -> list[list[str]]:
 
 def parses(argv: list[str]) -> None:
     if argv != ["--version"]:
-        main._parse(argv[0], main._load(argv[0]), argv[1:])
+        module, rest = main._split(argv)
+        main._parse(module, main._load(module), rest)
 
 
-@pytest.mark.parametrize("name", main.VERBS)
-def test_the_examples_of_a_help_text_parse(name: str) -> None:
-    examples = commands(main._load(name).EXAMPLES.splitlines())
+@pytest.mark.parametrize("module", [*main.VERBS, *main.SUBVERBS.values()])
+def test_the_examples_of_a_help_text_parse(module: str) -> None:
+    examples = commands(main._load(module).EXAMPLES.splitlines())
     assert examples
     for argv in examples:
-        assert argv[0] == name
+        assert main._split(argv)[0] == module
         parses(argv)
 
 
@@ -55,7 +56,7 @@ def test_the_commands_of_a_page_parse(page: Path) -> None:
         assert verb in main.VERBS, words
         if "…" not in words:
             options = [word for word in rest if word.startswith("--")]
-            parses_options(verb, options)
+            parses_options(main._split(words.split())[0], options)
 
 
 def parses_options(verb: str, options: list[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+from rows import write_embedding
 
 from vlmtune.cli.main import main
 
@@ -135,6 +136,37 @@ def test_chat_answers_once(folder: Path, model: Path, capsys: pytest.CaptureFixt
     assert said["images"] == [picture, picture] and said["question"] == "What?"
     assert main(ask) == 0
     assert capsys.readouterr().out == said["answer"] + "\n"
+
+
+def test_chat_and_eval_with_embeddings(
+    folder: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = json.loads((model / "config.json").read_text())["text_config"]["hidden_size"]
+    write_embedding(folder / "a.safetensors", 3, length, key="page")
+    page = f"{folder / 'a.safetensors'}#page"
+    picture = ["--image", str(folder / "a.png")]
+    ask = ["chat", str(model), *picture, "--embedding", page, "--max-new-tokens", "3", "--json", "--ask"]
+    for question in ("What is <embedding>?", "What?"):
+        assert main([*ask, question]) == 0
+        assert json.loads(capsys.readouterr().out)["embeddings"] == [page]
+    assert main([*ask, "<embedding> <embedding>"]) == 3
+    assert "the question says <embedding> 2 times, and 1 embedding would stand there" in capsys.readouterr().err
+
+    write_embedding(folder / "wide.pt", 3, length + 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("vlmtune.infer.session.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+        assert main(["chat", str(model), "--embedding", str(folder / "wide.pt"), "--ask", "?"]) == 3
+    assert f"wide.pt has rows of {length + 1} numbers; expected {length}" in capsys.readouterr().err
+
+    turns = [{"from": "human", "value": "<embedding>?"}, {"from": "gpt", "value": "Yes."}]
+    (folder / "rows.jsonl").write_text(json.dumps({"embedding": "a.safetensors#page", "conversations": turns}))
+    data = ["--data", str(folder / "rows.jsonl"), "--max-new-tokens", "3"]
+    assert main(["eval", str(model), *data, "-o", str(folder / "out")]) == 0
+    capsys.readouterr()
+    assert main(["chat", str(model), "--embedding", page, "--ask", "<embedding>?", "--max-new-tokens", "3"]) == 0
+    alone = capsys.readouterr().out
+    (line,) = (folder / "out" / "predictions.jsonl").read_text().splitlines()
+    assert json.loads(line)["prediction"] + "\n" == alone
 
 
 def test_chat_reads_lines_and_survives_a_missing_picture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from killed import start
 from official_models import official_folder
 from ranks import on_two_ranks
+from rows import write_embedding
 from runs import eval_losses, losses, make_config, write_rows, write_yaml
 from safetensors.torch import load_file
 from wide import save_wide
@@ -38,9 +40,23 @@ def model(tiny_folder: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """More text than pictures: in every step some rank has micro batches without a picture."""
     return write_rows(tmp_path_factory.mktemp("rows"), num=12, text_only=8)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    """The same; a third of the rows, one with a picture among them, have pseudo-text."""
+    file = write_rows(tmp_path_factory.mktemp("rows"), num=12, text_only=8)
+    length = json.loads((model / "config.json").read_text())["text_config"]["hidden_size"]
+    write_embedding(file.parent / "page.pt", 3, length)
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in (found[1], found[5], found[6], found[11]):
+        row["embedding"] = "page.pt"
+        row["conversations"][0]["value"] += " <embedding>"
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +141,7 @@ def test_features_of_later_layers_and_several_position_axes(
 
 
 @pytest.mark.timeout(600)
-def test_official_folders_train_like_one_process(tmp_path: Path, rows: Path, eval_rows: Path) -> None:
+def test_official_folders_train_like_one_process(tmp_path: Path, plain_rows: Path, eval_rows: Path) -> None:
     """ZeRO-1, as the scripts of InternVL and XTuner have it; ZeRO-3, where fused tensors are split and spread; and DDP
     with checkpointing, which waits for the tower where a micro batch has no picture."""
     model = official_folder("internlm2", tmp_path / "model")
@@ -134,9 +150,9 @@ def test_official_folders_train_like_one_process(tmp_path: Path, rows: Path, eva
         wrapper = WRAPPERS["ddp" if strategy == "ddp" else "zero2"]
         sections = _sections(eval_rows, tuning, activation_checkpointing=strategy == "ddp")
         sections["data"]["max_length"] = 1024
-        one = train(make_config(tmp_path / "one" / strategy, model, rows, **sections)).run_dir
+        one = train(make_config(tmp_path / "one" / strategy, model, plain_rows, **sections)).run_dir
         sections["train"]["strategy"] = strategy
-        yaml = write_yaml(tmp_path / strategy, model, rows, sections)
+        yaml = write_yaml(tmp_path / strategy, model, plain_rows, sections)
         cases.append({"config": str(yaml), "wrapper": wrapper, "stop_at": 3 if strategy == "zero3" else 0})
         runs[yaml.parent / "run"] = one
     two_processes(cases, tmp_path)
@@ -199,12 +215,12 @@ def test_merged_pictures_of_unequal_shapes(
             torch.testing.assert_close(_weights(run_dir)[name], tensor, rtol=1e-3, atol=1e-4, msg=f"{strategy} {name}")
 
 
-def test_four_bits_with_ddp(tmp_path: Path, rows: Path, eval_rows: Path) -> None:
+def test_four_bits_with_ddp(tmp_path: Path, plain_rows: Path, eval_rows: Path) -> None:
     model = save_wide("internvl", tmp_path / "model")
     tuning = {"method": "qlora", "rank": 4, "targets": ["language", "vision"], "train": ["projector"]}
     sections = {**_sections(eval_rows, "lora"), "tuning": tuning}
-    one = train(make_config(tmp_path / "one", model, rows, **sections)).run_dir
-    yaml = write_yaml(tmp_path / "two", model, rows, sections)
+    one = train(make_config(tmp_path / "one", model, plain_rows, **sections)).run_dir
+    yaml = write_yaml(tmp_path / "two", model, plain_rows, sections)
     two_processes([{"config": str(yaml), "wrapper": WRAPPERS["ddp"], "stop_at": 3}], tmp_path)
     two = tmp_path / "two" / "run"
     for mine, theirs in zip(losses(two) + eval_losses(two), losses(one) + eval_losses(one), strict=True):

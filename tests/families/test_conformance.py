@@ -17,7 +17,7 @@ import PIL.Image
 import pytest
 import torch
 from official_models import DECODERS
-from rows import conversation, varied_samples, write_picture
+from rows import conversation, embedded_samples, varied_samples, write_picture
 from tiny import KINDS
 from transformers import AutoImageProcessor, AutoTokenizer, InternVLProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -30,7 +30,7 @@ from vlmtune import compat
 from vlmtune.config.schema import MediaOptions, VideoOptions
 from vlmtune.data.collate import collate, prompt_batch
 from vlmtune.data.encode import encode, encode_prompt
-from vlmtune.data.sample import IGNORED, Batch, Box, Encoded, MediaRef, Message, Sample, Text, Video
+from vlmtune.data.sample import IGNORED, Batch, Box, Encoded, Image, MediaRef, Message, PseudoText, Sample, Text, Video
 from vlmtune.export.write import export
 from vlmtune.models.auto import AutoFamily
 from vlmtune.models.family import NATIVE, OpenedFolder
@@ -57,6 +57,13 @@ def model(opened: OpenedFolder) -> torch.nn.Module:
 @pytest.fixture
 def samples(tmp_path: Path) -> list[Sample]:
     return varied_samples(tmp_path)
+
+
+@pytest.fixture
+def mixed(samples: list[Sample], opened: OpenedFolder, tmp_path: Path) -> list[Sample]:
+    """Rows with pseudo-text among the others."""
+    first, *others = embedded_samples(tmp_path, opened.config.get_text_config().hidden_size)
+    return [first, others[0], *samples, *others[1:]]  # the last two are without pictures
 
 
 def is_merged(opened: OpenedFolder) -> bool:
@@ -322,12 +329,10 @@ def as_double(batch: Batch) -> Batch:
     return batch
 
 
-def test_packed_equals_padded_equals_single(
-    opened: OpenedFolder, model: torch.nn.Module, samples: list[Sample]
-) -> None:
+def test_packed_equals_padded_equals_single(opened: OpenedFolder, model: torch.nn.Module, mixed: list[Sample]) -> None:
     assert opened.why_not_packed is None
     exact = copy.deepcopy(model).double()
-    rows = encoded(samples, opened)
+    rows = encoded(mixed, opened)
     single = gradients(exact, [as_double(batch_of([[row]], opened)) for row in rows])
     packed = gradients(exact, [as_double(batch_of([rows], opened))])
     padded = gradients(exact, [as_double(batch_of([[row] for row in rows], opened))])
@@ -348,10 +353,10 @@ def test_logits_at_supervised_positions_equal_the_full_ones(
     assert batch.targets.tolist() == [int(x) for x in row.labels[1:] if x != IGNORED]
 
 
-def test_stand_in_changes_nothing(opened: OpenedFolder, model: torch.nn.Module, samples: list[Sample]) -> None:
+def test_stand_in_changes_nothing(opened: OpenedFolder, model: torch.nn.Module, mixed: list[Sample]) -> None:
     exact = copy.deepcopy(model).double()
     stand_in = StandIn(exact)
-    rows = encoded(samples[-1:], opened)
+    rows = encoded(mixed[-2:], opened)
     without = gradients(exact, [as_double(batch_of([rows], opened))])
     batch = as_double(batch_of([rows], opened, stand_in=True))
     assert batch.stand_in is not None
@@ -384,10 +389,10 @@ def test_zero_gradients_are_the_lawful_ones(
 
 
 def test_generation_from_a_padded_batch_equals_one_by_one(
-    opened: OpenedFolder, model: torch.nn.Module, samples: list[Sample]
+    opened: OpenedFolder, model: torch.nn.Module, mixed: list[Sample]
 ) -> None:
     exact = copy.deepcopy(model).double()
-    questions = [Sample(messages=sample.messages[:-1], origin=sample.origin) for sample in samples]
+    questions = [Sample(messages=sample.messages[:-1], origin=sample.origin) for sample in mixed]
     prompts = [encode_prompt(question, opened) for question in questions]
 
     def generate(chosen: list[Encoded]) -> list[list[int]]:
@@ -401,9 +406,30 @@ def test_generation_from_a_padded_batch_equals_one_by_one(
     assert len({tuple(row) for row in together}) > 1, "all answers alike: the test would not see a mix-up"
 
 
-def test_opened_folder_survives_a_process_border(opened: OpenedFolder, samples: list[Sample]) -> None:
+def test_pseudo_text_that_repeats_words_is_those_words(
+    opened: OpenedFolder, model: torch.nn.Module, tmp_path: Path
+) -> None:
+    """Behind a picture, whose placeholders are not taken for it."""
+    words = torch.tensor(opened.tokenizer("Which digit?", add_special_tokens=False).input_ids)
+    torch.save(model.get_input_embeddings()(words).detach(), tmp_path / "words.pt")
+    picture, pseudo = Image(write_picture(tmp_path, (64, 64))), PseudoText(MediaRef(path=str(tmp_path / "words.pt")))
+    question = Message("user", (picture, Text("\nSo: "), pseudo, Text(" left?")))
+    row = encode(Sample(messages=(question, Message("assistant", (Text("seven"),))), origin="e:1"), opened)
+    assert row.at_pseudo_text.sum() == len(words) and not (row.at_pseudo_text & row.at_pictures).any()
+    ids = row.input_ids.copy()
+    ids[row.at_pseudo_text] = words
+    spans = tuple(span for span in row.spans if span.kind == "image")
+    said = dataclasses.replace(row, input_ids=ids, spans=spans, media=row.media[:1])
+    with torch.no_grad():
+        logits = model(**hand_over(model, batch_of([[row]], opened).inputs)).logits
+        expected = model(**hand_over(model, batch_of([[said]], opened).inputs)).logits
+    assert torch.equal(logits, expected)
+    assert row.input_ids[row.at_pseudo_text][0] not in row.input_ids[row.at_pictures]
+
+
+def test_opened_folder_survives_a_process_border(opened: OpenedFolder, mixed: list[Sample]) -> None:
     again = pickle.loads(pickle.dumps(opened))
-    for sample in samples:
+    for sample in mixed:
         first, second = (encode(sample, one) for one in (opened, again))
         assert first.input_ids.tolist() == second.input_ids.tolist()
         assert first.spans == second.spans

@@ -15,6 +15,7 @@ from typing import Any
 import golden
 import pytest
 import torch
+from furnished import official_grads
 from safetensors.torch import load_file
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
@@ -115,18 +116,6 @@ def test_features_that_do_not_fit_their_placeholders_are_refused(case: Path, nam
     assert float(load_file(case / "io.safetensors")[f"{name}.expected.loss"]) == 0.0
     with pytest.raises(ValueError, match="Image features and image tokens do not match"):
         load(case)(**inputs(case, name))
-
-
-def official_grads(model: Any, links: list[Link]) -> dict[str, torch.Tensor]:
-    """The gradients under official names, fused as the official tensors are."""
-    parameters = dict(model.named_parameters())
-    found = {}
-    for link in links:
-        grads = tuple(parameters[name].grad for name in link.parameters if name in parameters)
-        if grads:
-            whole = tuple(torch.zeros(1) if grad is None else grad for grad in grads)
-            found[link.disk] = link.op.join(whole) if all(grad is not None for grad in grads) else torch.zeros(1)
-    return found
 
 
 def links(case: Path) -> list[Link]:

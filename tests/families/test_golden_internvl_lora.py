@@ -24,6 +24,8 @@ from vlmtune.export.foreign import laid_out
 from vlmtune.export.write import export
 from vlmtune.infer.locate import locate
 from vlmtune.infer.session import Session, load, load_located
+from vlmtune.nn.pseudo_text import MASK, ROWS
+from vlmtune.nn.side_inputs import hand_over
 from vlmtune.weights.layout import Link, WeightTable
 from vlmtune.weights.shards import Shards
 
@@ -173,14 +175,23 @@ def test_a_checkpoint_of_xtuner(place: Path, xtuner: dict[str, Any], tmp_path: P
     )
     facts = record["lora"]
     alpha = float(facts["lora_alpha"])
-    with adapted(xtuner, tmp_path / "out", alpha=alpha) as session, torch.no_grad():
-        found, seen = with_embeddings(session, record, io)
-    close(found, io["lora.expected.logits"], seen)
+    with adapted(xtuner, tmp_path / "out", alpha=alpha) as session:
+        for name, parameter in session.model.named_parameters():
+            parameter.requires_grad_(".lora_" in name or "multi_modal_projector" in name)
+        output, seen = with_embeddings(session, record, io)
+        output.loss.backward()
+        table = session.opened.layouts["official"]
+    close(output.logits.detach(), io["lora.expected.logits"], seen)
+    torch.testing.assert_close(output.loss.detach(), io["lora.expected.loss"], atol=LOSS, rtol=0)
+    found = official_gradients(session.model, table, [name for name in facts["grad_l2"] if ".lora_" in name])
+    found |= {name: gradient(session.model, table, name) for name in facts["grad_l2"] if ".lora_" not in name}
+    for name, norm in facts["grad_l2"].items():
+        assert float(found[name].norm()) == pytest.approx(norm, rel=1e-3, abs=1e-6), name
     export(**xtuner, out=tmp_path / "out", layout="official", lora_alpha=alpha, device="cpu")
     exported = load(tmp_path / "out", device="cpu")
     with torch.no_grad():
-        found, seen = with_embeddings(exported, record, io)
-    close(found, io["lora.expected.merged_logits"], seen)
+        output, seen = with_embeddings(exported, record, io)
+    close(output.logits, io["lora.expected.merged_logits"], seen)
     after = Shards(tmp_path / "out")
     for name, norm in facts["merged_l2"].items():
         assert float(after.read(f"language_model.{name}").norm()) == pytest.approx(norm, rel=1e-6)
@@ -191,19 +202,31 @@ def test_a_checkpoint_of_xtuner(place: Path, xtuner: dict[str, Any], tmp_path: P
 
 
 def with_embeddings(session: Session, record: Mapping[str, Any], io: Mapping[str, torch.Tensor]) -> Any:
-    """Logits of batch e1: the given rows stand, in order, where the ids say, and the features of the pictures after."""
-    model: Any = session.model
+    """The model's output for batch e1, in which the given rows stand, in order, where the ids say."""
     ids, mask = io["e1.input.input_ids"], io["e1.input.attention_mask"]
-    embeds = model.get_input_embeddings()(ids).clone()
-    embeds[ids == record["embeds_token_id"]] = io["e1.input.embedding_flat"]
-    output = model(
-        inputs_embeds=embeds,
-        pixel_values=io["e1.input.pixel_values_flat"],
-        attention_mask=mask.long(),
-        position_ids=io["e1.input.position_ids"],
-        use_cache=False,
-    )
-    return output.logits, mask.bool()
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": io["e1.input.pixel_values_flat"],
+        "attention_mask": mask.long(),
+        "labels": io["e1.input.labels"],
+        "use_cache": False,
+        ROWS: io["e1.input.embedding_flat"],
+        MASK: ids == record["embeds_token_id"],
+    }
+    model: Any = session.model
+    return model(**hand_over(model, inputs)), mask.bool()
+
+
+def gradient(model: Any, table: WeightTable, name: str) -> torch.Tensor:
+    """Of a layer that is trained whole, by its official name; PEFT keeps it beside the old one."""
+    link = table.link(name)
+    assert isinstance(link, Link), name
+    (one,) = link.parameters
+    grads = {key.replace(".modules_to_save.default.", "."): value.grad for key, value in model.named_parameters()
+             if value.grad is not None}  # fmt: skip
+    found = [grad for key, grad in grads.items() if key.endswith(f".{one}")]
+    assert len(found) == 1, name
+    return found[0]
 
 
 @NEEDS_XTUNER

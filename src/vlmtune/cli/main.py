@@ -25,7 +25,12 @@ from vlmtune.errors import Interrupted, UsageError, VlmtuneError
 from vlmtune.version import __version__
 
 # In the order of a job.
-VERBS = ("quickstart", "init", "check", "preview", "prepare", "train", "eval", "export", "assemble", "chat", "info")
+VERBS = (
+    "quickstart", "init", "embed", "check", "preview", "prepare", "train", "eval", "export", "assemble", "chat", "info",
+)  # fmt: skip
+
+SUBVERBS = {("embed", "fit"): "embed_fit", ("embed", "gather"): "embed_gather"}
+"""Two words that are a verb of their own -> its module."""
 
 EXIT_CODES = "exit codes: 0 done, 2 usage or configuration, 3 data, 4 weights, 1 anything else"
 
@@ -110,10 +115,17 @@ def _dispatch(argv: list[str], debug: bool) -> int:
     name = argv[0]
     if name not in VERBS:
         raise UsageError(f"there is no verb {name!r}", remedy=_nearest(name, VERBS) or "`vlmtune --help` lists them.")
-    verb = _load(name)
-    args = _parse(name, verb, argv[1:])
+    module, rest = _split(argv)
+    verb = _load(module)
+    args = _parse(module, verb, rest)
     environment.prepare(offline=args.offline, debug=debug)
     return verb.run(args)
+
+
+def _split(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The module of the verb that a command line begins with, and what is left of it."""
+    module = SUBVERBS.get((argv[0], argv[1])) if len(argv) > 1 else None
+    return (module, list(argv[2:])) if module else (argv[0], list(argv[1:]))
 
 
 def _load(name: str) -> Verb:
@@ -121,7 +133,10 @@ def _load(name: str) -> Verb:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<11} {_load(name).HELP}" for name in VERBS]
+    lines = []
+    for name in VERBS:
+        names = {name: name, **{" ".join(words): module for words, module in SUBVERBS.items() if words[0] == name}}
+        lines += [f"  {shown:<12} {_load(module).HELP}" for shown, module in names.items()]
     return "\n".join(
         [
             f"vlmtune {__version__}: fine-tune vision-language models.",
@@ -144,7 +159,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(name: str, verb: Verb, argv: list[str]) -> argparse.Namespace:
     parser = _Parser(
-        prog=f"vlmtune {name}",
+        prog=f"vlmtune {name.replace('_', ' ')}",
         description=verb.HELP[0].upper() + verb.HELP[1:] + ("" if verb.HELP.endswith(".") else "."),
         epilog=f"examples:\n{textwrap.indent(textwrap.dedent(verb.EXAMPLES).strip(), '  ')}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

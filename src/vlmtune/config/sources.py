@@ -29,6 +29,9 @@ class Read(Section):
     unmarked_media: Literal["refuse", "front"] = "refuse"
     """What happens to a conversation that lists media and has no mark for any: refuse it, or put them in front of the
     first question, a newline behind each, as InternVL's loader does with a lone picture."""
+    pseudo_text_token: Annotated[str, Field(min_length=1)] | None = "[UNUSED_TOKEN_140]"
+    """The token that rows with `embedding` repeat in a question, once for each row of the file, where they do not write
+    `<embedding>`; null leaves it text."""
     lone_turns: Literal["refuse", "drop"] = "refuse"
     """What happens to a row that begins with an answer or ends with a question: refuse it, or leave these turns out."""
 

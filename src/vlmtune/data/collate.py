@@ -11,10 +11,12 @@ import PIL.Image
 import torch
 
 from vlmtune.data.encode import with_origin
+from vlmtune.data.media import embedding
 from vlmtune.data.media.video import open_pictures
-from vlmtune.data.sample import IGNORED, Batch, Encoded
+from vlmtune.data.sample import IGNORED, Batch, Encoded, pseudo_texts_of, stacked
 from vlmtune.errors import DataError
 from vlmtune.models.family import OpenedFolder
+from vlmtune.nn.pseudo_text import MASK, ROWS
 
 Pixels = dict[str, torch.Tensor]
 
@@ -42,6 +44,7 @@ def collate(rows: Sequence[Sequence[Encoded]], opened: OpenedFolder, *, stand_in
     inputs.update(opened.family.position_inputs(rows, pixels, opened.spec))
     flat = [picture for row in pixels for picture in row]
     inputs.update(opened.family.collate_pixels(flat, opened.spec))
+    inputs.update(pseudo_text_inputs(rows))
     inputs["logits_to_keep"], targets = _targets(labels, rows)
     return Batch(
         inputs=inputs,
@@ -68,6 +71,7 @@ def prompt_batch(prompts: Sequence[Encoded], opened: OpenedFolder) -> dict[str, 
         "input_ids": ids,
         "attention_mask": mask,
         **opened.family.collate_pixels(pixels, opened.spec),
+        **pseudo_text_inputs([[prompt] for prompt in prompts], left=True),
         **opened.family.prompt_inputs(prompts, opened.spec),
     }
 
@@ -79,16 +83,40 @@ def smallest_picture(opened: OpenedFolder) -> Pixels:
     return opened.family.collate_pixels([opened.family.pixels(picture, plan, opened.spec)], opened.spec)
 
 
+def pseudo_text_inputs(rows: Sequence[Sequence[Encoded]], *, left: bool = False) -> dict[str, torch.Tensor]:
+    """The rows of pseudo-text of a micro batch and where they go (see `nn.pseudo_text`); {} without any.
+
+    Args:
+        rows: `rows[b]` are the samples laid end to end in row b, padded on the right, or on the `left`.
+
+    Raises:
+        DataError: with the row's origin: a file that cannot be read, is not what it was, or has NaN or infinity.
+    """
+    found = [part for row in rows for sample in row for part in _pseudo_text(sample)]
+    if not found:
+        return {}
+    masks = [np.concatenate([sample.at_pseudo_text for sample in row]) for row in rows]
+    return {ROWS: torch.cat(found), MASK: torch.from_numpy(stacked(masks, left=left))}
+
+
+def _pseudo_text(sample: Encoded) -> list[torch.Tensor]:
+    try:
+        return [embedding.rows(ref, plan.size) for ref, plan in pseudo_texts_of(sample.media)]
+    except DataError as error:
+        raise with_origin(error, sample.origin) from error
+
+
 def row_pixels(sample: Encoded, opened: OpenedFolder) -> list[Pixels]:
-    """The model inputs of each medium of a row, decoded and cut.
+    """The model inputs of each picture of a row, decoded and cut.
 
     Raises:
         DataError: with the row's origin: a picture that cannot be read, or is not what it was when it was planned.
     """
     pixels = []
     try:
-        with closing(open_pictures([ref for ref, _ in sample.media], opened.media)) as pictures:
-            for number, (picture, (ref, plan)) in enumerate(zip(pictures, sample.media, strict=True)):
+        shown = [(i, ref, plan) for i, (ref, plan) in enumerate(sample.media) if not plan.is_pseudo_text]
+        with closing(open_pictures([ref for _, ref, _ in shown], opened.media)) as pictures:
+            for picture, (number, ref, plan) in zip(pictures, shown, strict=True):
                 if picture.size != plan.size:
                     raise DataError(
                         f"{ref.path} is {picture.width}×{picture.height} now, but its header said "

@@ -8,15 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from vlmtune.data.boxes import write_box
 from vlmtune.data.lay import Piece, lay
-from vlmtune.data.media import pictures
+from vlmtune.data.media import embedding, pictures
 from vlmtune.data.media.video import Film, film
-from vlmtune.data.sample import IGNORED, Encoded, Image, Laid, MediaRef, Planned, Sample, Size, Span, Video
+from vlmtune.data.sample import (
+    IGNORED,
+    Encoded,
+    Image,
+    Laid,
+    MediaPlan,
+    MediaRef,
+    Planned,
+    PseudoText,
+    Sample,
+    Size,
+    Span,
+    Video,
+    pictures_of,
+)
 from vlmtune.errors import DataError, VlmtuneError
 from vlmtune.models.family import OpenedFolder
 from vlmtune.models.text import Run, Segment, join
@@ -89,10 +103,10 @@ def _draft(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> _Draft:
 
 
 def _pieces(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> tuple[Planned, list[Piece]]:
-    """The media of the row, and its text and places in their order."""
+    """The media of the row in the order of the sequence, and its text and places in their order."""
     try:
         found = _plan(sample, opened)
-        planned = [plan for _, plan in found.media if not plan.is_frame]
+        planned = [plan for _, plan in pictures_of(found.media) if not plan.is_frame]
         pieces = lay(
             sample.messages,
             opened.chat,
@@ -104,38 +118,47 @@ def _pieces(sample: Sample, opened: OpenedFolder, *, prompt: bool) -> tuple[Plan
         if error.where:
             raise
         raise with_origin(error, sample.origin) from error
-    return found.media, pieces
+    # Templates that put pictures first move them past pseudo-text.
+    order = [piece for piece in pieces if isinstance(piece, int)]
+    numbers = iter(range(len(order)))
+    renumbered = [next(numbers) if isinstance(piece, int) else piece for piece in pieces]
+    return tuple(found.media[i] for i in order), renumbered
 
 
 def _finish(draft: _Draft, opened: OpenedFolder) -> Laid:
     chat = opened.chat
-    alone = not draft.media and chat.text_prefix_ids is not None
+    alone = not pictures_of(draft.media) and chat.text_prefix_ids is not None
     ids = list((chat.text_prefix_ids or ()) if alone else chat.prefix_ids)
     trained = [False] * len(ids)
     places: list[int] = []
+    behind_picture = False
     for group in draft.groups:
+        new_ids, new_trained = join([] if isinstance(group, int) else group)
+        is_picture = isinstance(group, int) and not draft.media[group][1].is_pseudo_text
+        if behind_picture and chat.repeats_prefix and not is_picture and (new_ids or isinstance(group, int)):
+            ids += chat.prefix_ids
+            trained += [False] * len(chat.prefix_ids)
+            behind_picture = False
+        behind_picture |= is_picture
         if isinstance(group, int):
             places.append(len(ids))
-        else:
-            new_ids, new_trained = join(group)
-            if new_ids and places and chat.repeats_prefix:
-                ids += chat.prefix_ids
-                trained += [False] * len(chat.prefix_ids)
-            ids += new_ids
-            trained += new_trained
+        ids += new_ids
+        trained += new_trained
     return Laid(ids=np.array(ids, np.int32), trained=np.array(trained, bool), places=tuple(places), media=draft.media)
 
 
 @dataclass(frozen=True, slots=True)
 class _RowMedia:
-    """media: every picture and every chosen frame in the order of the row. films: its videos."""
+    """media: pictures, chosen frames and pseudo-text in the order of the row. films: its videos."""
 
     media: Planned
     films: tuple[Film, ...]
 
 
 def look_at(sample: Sample, opened: OpenedFolder) -> Planned:
-    """What `plan_media` gives, of a row that `lay_row` would take: everything but its ids is looked at.
+    """What each medium of a row that `lay_row` would take becomes, from the headers, in the order of the sequence.
+
+    Chosen frames of videos are included; everything but the ids of the row is looked at.
 
     Raises:
         DataError: as `lay_row`.
@@ -143,15 +166,11 @@ def look_at(sample: Sample, opened: OpenedFolder) -> Planned:
     return _pieces(sample, opened, prompt=False)[0]
 
 
-def plan_media(sample: Sample, opened: OpenedFolder) -> Planned:
-    """What each picture of the row becomes, chosen frames of videos included, from the headers."""
-    return _plan(sample, opened).media
-
-
 def _plan(sample: Sample, opened: OpenedFolder) -> _RowMedia:
     refs: list[MediaRef] = []
     sizes: list[Size] = []
     films: list[Film] = []
+    among: list[tuple[int, tuple[MediaRef, MediaPlan]]] = []  # pseudo-text, each with the pictures before it
     for part in (part for message in sample.messages for part in message.parts):
         if isinstance(part, Image):
             refs.append(part.ref)
@@ -160,8 +179,63 @@ def _plan(sample: Sample, opened: OpenedFolder) -> _RowMedia:
             films.append(film(part.ref, opened.media))
             refs += films[-1].frames
             sizes += films[-1].sizes
+        elif isinstance(part, PseudoText):
+            among.append((len(refs), (part.ref, _plan_pseudo_text(part, opened))))
     plans = opened.family.plan(sizes, opened.spec, [ref.frame for ref in refs])
-    return _RowMedia(tuple(zip(refs, plans, strict=True)), tuple(films))
+    media = list(zip(refs, plans, strict=True))
+    for place, medium in reversed(among):
+        media.insert(place, medium)
+    return _RowMedia(tuple(media), tuple(films))
+
+
+def pseudo_text_size(ref: MediaRef, opened: OpenedFolder) -> Size:
+    """(d, n) of a file of pseudo-text for this model, from the header.
+
+    Raises:
+        DataError: as `embedding.shape`; rows of another length than the model's.
+    """
+    length, number = embedding.shape(ref)
+    wanted = int(opened.config.get_text_config().hidden_size)
+    if length != wanted:
+        raise DataError(
+            f"the embedding {embedding.name_of(ref)} has rows of {length:,} numbers",
+            expected=f"{wanted:,}, as the input of this model's language model has",
+            remedy="Make it again with this model (`vlmtune embed`).",
+        )
+    return length, number
+
+
+def _plan_pseudo_text(part: PseudoText, opened: OpenedFolder) -> MediaPlan:
+    """
+    Raises:
+        DataError: as `pseudo_text_size`; another number of rows than was marked.
+    """
+    size = pseudo_text_size(part.ref, opened)
+    number = size[1]
+    if part.run not in (None, number):
+        raise DataError(
+            f"the text holds a place of {part.run:,} reserved tokens, and the embedding {embedding.name_of(part.ref)} "
+            f"has {number:,} rows",
+            expected="one token for each row",
+            remedy="Correct the number, or write <embedding> there, which stands for all rows.",
+        )
+    return MediaPlan(size=size, num_tokens=number, num_tiles=0, layout=(), is_pseudo_text=True)
+
+
+RESERVED = "[UNUSED_TOKEN_140]"
+"""What stands at the places of pseudo-text where the tokenizer has it, as in CalliReader's data."""
+
+
+def _neutral_id(opened: OpenedFolder) -> int:
+    """An id of the vocabulary for places of pseudo-text; it is never looked at, but must not be one of pictures."""
+    (plan,) = opened.family.plan([(32, 32)], opened.spec, [0])
+    ids, slots = opened.family.span_ids(plan, opened.spec)
+    tokenizer = opened.tokenizer
+    reserved: Any = tokenizer.convert_tokens_to_ids(RESERVED)  # the unknown token, or None, where there is none
+    for candidate in (reserved, tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None and candidate not in ids[slots]:
+            return int(candidate)
+    return next(number for number in range(len(ids) + 1) if number not in ids)
 
 
 def build(laid: Laid, opened: OpenedFolder, *, origin: str) -> Encoded:
@@ -171,11 +245,12 @@ def build(laid: Laid, opened: OpenedFolder, *, origin: str) -> Encoded:
     spans: list[Span] = []
     done = length = 0
     for index, (place, (_, plan)) in enumerate(zip(laid.places, laid.media, strict=True)):
-        new_ids, slots = opened.family.span_ids(plan, opened.spec)
+        new_ids, slots = _ids_of(plan, opened)
         ids += [laid.ids[done:place], new_ids]
         trained += [laid.trained[done:place], np.zeros(len(new_ids), dtype=bool)]
         length += place - done
-        kind: Literal["image", "video"] = "video" if plan.is_frame else "image"
+        kind: Literal["image", "video", "pseudo_text"] = "video" if plan.is_frame else "image"
+        kind = "pseudo_text" if plan.is_pseudo_text else kind
         spans += [Span(length + start, size, kind, index) for start, size in _runs(slots)]
         length += len(new_ids)
         done = place
@@ -186,8 +261,15 @@ def build(laid: Laid, opened: OpenedFolder, *, origin: str) -> Encoded:
     )
 
 
+def _ids_of(plan: MediaPlan, opened: OpenedFolder) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a medium, int32 (n,), and where features or rows go among them, bool (n,)."""
+    if plan.is_pseudo_text:
+        return np.full(plan.num_tokens, _neutral_id(opened), np.int32), np.ones(plan.num_tokens, bool)
+    return opened.family.span_ids(plan, opened.spec)
+
+
 def _groups(pieces: Sequence[Piece]) -> list[list[Segment] | int]:
-    """Neighbouring text segments together; pictures alone."""
+    """Neighbouring text segments together; media alone."""
     groups: list[list[Segment] | int] = []
     for piece in pieces:
         if isinstance(piece, int):

@@ -7,18 +7,25 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from vlmtune.data.media.video import Film
-from vlmtune.data.sample import Box, Image, Message, Part, Text, Video
+from vlmtune.data.sample import Box, Image, Message, Part, PseudoText, Text, Video
 from vlmtune.errors import DataError
 from vlmtune.models.family import ChatFormat, FrameFormat
 from vlmtune.models.text import Segment
 
 Piece = Segment | int
-"""Text, or the number of a medium of the row: a picture, or a frame of a video."""
+"""Text, or the number of a medium of the row: a picture, a frame of a video, or pseudo-text."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place(Segment):
+    """Where pseudo-text stands: among words, as words do, whatever a template does with pictures."""
+
+    number: int
 
 
 @dataclass(slots=True)
 class _Words:
-    """Text and boxes without a medium between them."""
+    """Text, boxes and places of pseudo-text without a picture between them."""
 
     segments: list[Segment]
 
@@ -83,6 +90,10 @@ def lay(
     return [*pieces, Segment(chat.close[len(chat.stop) :], trained=chat.trains_close, template=True)]
 
 
+def _piece(segment: Segment) -> Piece:
+    return segment.number if isinstance(segment, _Place) else segment
+
+
 def _fixed(text: str) -> Segment:
     return Segment(text, trained=False, template=True)
 
@@ -102,6 +113,8 @@ class _Writer:
         for item in self._items(message.parts):
             if isinstance(item, _Medium):
                 raise DataError(f"a turn of the {message.role} holds a picture", expected="pictures in user turns")
+            if any(isinstance(segment, _Place) for segment in item.segments):
+                raise DataError(f"a turn of the {message.role} holds pseudo-text", expected="pseudo-text in user turns")
             segments += item.segments
         return _strip(segments) if strips else segments
 
@@ -125,14 +138,16 @@ class _Writer:
         for item in items:
             if not pieces and (isinstance(item, _Words) or item.begins_with_text):
                 pieces.append(_fixed(chat.user_lead))
-            pieces += item.segments if isinstance(item, _Words) else item.pieces
+            pieces += map(_piece, item.segments) if isinstance(item, _Words) else item.pieces
         return pieces
 
     def _items(self, parts: Sequence[Part]) -> Iterator[_Words | _Medium]:
-        """Boxes stick to the text beside them; two texts side by side stay two, as chat templates see them."""
+        """Boxes and pseudo-text stick to the text beside them; two texts side by side stay two, as in templates."""
         words: list[Segment] = []
         for part in parts:
-            sticks = isinstance(part, Box) or (isinstance(part, Text) and bool(words) and words[-1].template)
+            sticks = isinstance(part, Box | PseudoText) or (
+                isinstance(part, Text) and bool(words) and words[-1].template
+            )
             if words and not sticks:
                 yield _Words(words)
                 words = []
@@ -145,10 +160,7 @@ class _Writer:
             elif isinstance(part, Video):
                 yield self._frames(next(self._films))
             else:
-                raise DataError(
-                    f"the row holds a {type(part).__name__} part, which this version does not read",
-                    expected="text, images, videos and boxes",
-                )
+                words.append(_Place("", trained=False, template=True, number=self._next()))
         if words:
             yield _Words(words)
 
@@ -206,10 +218,10 @@ def _fold(items: Sequence[_Words | _Medium]) -> None:
         before = items[i - 1] if i else None
         if isinstance(after, _Words) and after.segments:
             first = after.segments[0]
-            after.segments[:1] = _kept(first, first.text.removeprefix("\n") if not first.template else first.text)
+            after.segments[:1] = [first] if first.template else _kept(first, first.text.removeprefix("\n"))
         elif after is None and isinstance(before, _Words) and before.segments:
             last = before.segments[-1]
-            before.segments[-1:] = _kept(last, last.text.removesuffix("\n") if not last.template else last.text)
+            before.segments[-1:] = [last] if last.template else _kept(last, last.text.removesuffix("\n"))
 
 
 def _in_block(

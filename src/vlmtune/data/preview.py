@@ -16,9 +16,10 @@ import numpy as np
 from rich.text import Text
 
 from vlmtune.config.schema import RunConfig
+from vlmtune.data.media import embedding
 from vlmtune.data.plan.mixture import Mixture, make_mixture, mixing_text
 from vlmtune.data.rows.corpus import Corpus
-from vlmtune.data.sample import IGNORED, Encoded, MediaRef, Sample
+from vlmtune.data.sample import IGNORED, Encoded, MediaRef, Sample, pictures_of, pseudo_texts_of
 from vlmtune.models.family import OpenedFolder
 
 STYLES: dict[Kind, str] = {"trained": "bold green", "masked": "dim", "image": "cyan"}
@@ -130,14 +131,19 @@ def _mixture(corpus: Corpus, config: RunConfig) -> Mixture:
 
 
 def media_counts(encoded: Encoded) -> list[str]:
-    """`2 images`, `1 video of 8 frames`."""
+    """`2 images`, `1 video of 8 frames`, `1 embedding of 6 rows`."""
     videos = films(encoded)
     frames = sum(len(film.media) for film in videos)
-    images = len(encoded.media) - frames
+    images = len(pictures_of(encoded.media)) - frames
+    embeddings = pseudo_texts_of(encoded.media)
     words = [f"{images} image{'' if images == 1 else 's'}"] if images else []
     if videos:
         of = f"{frames} frame{'' if frames == 1 else 's'}"
         words.append(f"{len(videos)} video{'' if len(videos) == 1 else 's'} of {of}")
+    if embeddings:
+        number = sum(plan.num_tokens for _, plan in embeddings)
+        of = f"{number:,} row{'' if number == 1 else 's'}"
+        words.append(f"{len(embeddings)} embedding{'' if len(embeddings) == 1 else 's'} of {of}")
     return words
 
 
@@ -160,6 +166,8 @@ def _tag(encoded: Encoded, media: tuple[int, ...]) -> str:
     ref, plan = encoded.media[media[0]]
     tokens = sum(encoded.media[index][1].num_tokens for index in media)
     width, height = plan.size
+    if plan.is_pseudo_text:
+        return f"[embedding {embedding.name_of(ref)}: {tokens:,} token{'' if tokens == 1 else 's'}]"
     if ref.frame is None:
         tiles = f"{plan.num_tiles} tile{'' if plan.num_tiles == 1 else 's'}"
         return f"[image {width}×{height} → {tiles}, {tokens:,} tokens]"

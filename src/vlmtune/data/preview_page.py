@@ -160,7 +160,7 @@ def _row(number: int, encoder: RowEncoder, max_length: int, budget: int) -> Show
         pictures = _pictures(sample, encoded, opened, budget)
     except DataError as error:
         raise error if error.where else with_origin(error, sample.origin) from error
-    videos = films(encoded)
+    videos, by_index = films(encoded), {picture.index: picture for picture in pictures}
     framed = {index for film in videos for index in film.media}
     return ShownRow(
         origin=sample.origin,
@@ -173,7 +173,7 @@ def _row(number: int, encoder: RowEncoder, max_length: int, budget: int) -> Show
         num_tokens_left_out=left_out,
         pictures=tuple(picture for picture in pictures if picture.index not in framed),
         films=tuple(
-            ShownFilm(film.number, _name(encoded.media[film.media[0]][0]), tuple(pictures[i] for i in film.media))
+            ShownFilm(film.number, _name(encoded.media[film.media[0]][0]), tuple(by_index[i] for i in film.media))
             for film in videos
         ),
     )
@@ -199,7 +199,8 @@ def _stretches(encoded: Encoded, opened: OpenedFolder) -> tuple[tuple[Stretch, .
 
 def _numbers(encoded: Encoded) -> dict[int, int]:
     """The number of each medium that is a picture of its own, from 1."""
-    pictures = [index for index, (ref, _) in enumerate(encoded.media) if ref.frame is None]
+    media = enumerate(encoded.media)
+    pictures = [index for index, (ref, plan) in media if ref.frame is None and not plan.is_pseudo_text]
     return {index: number for number, index in enumerate(pictures, 1)}
 
 
@@ -216,16 +217,17 @@ def _tokens(ids: np.ndarray, opened: OpenedFolder, *, is_first: bool) -> Iterato
 
 
 def _pictures(sample: Sample, encoded: Encoded, opened: OpenedFolder, budget: int) -> list[ShownPicture]:
-    if not encoded.media:
+    media = [(index, ref, plan) for index, (ref, plan) in enumerate(encoded.media) if not plan.is_pseudo_text]
+    if not media:
         return []
-    share = budget // len(encoded.media)
+    share = budget // len(media)
     times, numbers = _times(encoded, opened), _numbers(encoded)
     boxes = _boxes(sample, encoded)
     plans = [encoded.media[index][1] for index in numbers]
     boxed = {index: encoded.media[index] for index in boxes}
     wholes = dict(zip(boxed, video.open_pictures([ref for ref, _ in boxed.values()], opened.media), strict=True))
     found = []
-    for index, ((ref, plan), pixels) in enumerate(zip(encoded.media, row_pixels(encoded, opened), strict=True)):
+    for (index, ref, plan), pixels in zip(media, row_pixels(encoded, opened), strict=True):
         tiles = opened.family.view(pixels, encoded.spec)
         picture = ShownPicture(
             index=index,

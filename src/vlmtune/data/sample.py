@@ -6,7 +6,7 @@ Sizes of pictures are ``(width, height)`` in pixels, sizes of tensors ``(H, W)``
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +42,8 @@ class MediaRef:
     """(path, offset, length) of the bytes that follow in other files: a member that straddles parts of a split tar."""
     frame: int | None = None
     """The picture is this frame of the video, counted from 0; None for a picture file."""
+    key: str | None = None
+    """Pseudo-text is the tensor of this name in a safetensors file; None for a file with one tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,11 @@ class Video:
 
 @dataclass(frozen=True, slots=True)
 class PseudoText:
+    """Embeddings from a file, (n, d) in the space of the language model's input, which stand in place of words."""
+
     ref: MediaRef
+    run: int | None = None
+    """How many reserved tokens stood in its place in the text; None where a mark stood."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,24 +128,36 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaPlan:
-    """What a picture of a given size becomes, known from the header alone.
+    """What a picture of a given size, or a file of pseudo-text, becomes; known from the header alone.
 
     `layout` is the family's own description (tiles, grid, rows and columns); only the family reads it.
     """
 
     size: Size
+    """Of the picture; of pseudo-text (d, n): how long a row is, and how many there are."""
     num_tokens: int
-    """Ids that the picture takes in the sequence, separators included."""
+    """Ids that the picture takes in the sequence, separators included; a row of pseudo-text takes one."""
     num_tiles: int
     layout: tuple[int, ...]
     is_frame: bool = False
     """A frame of a video: families that cut pictures into tiles leave it whole."""
     resized: Size | None = None
     """(width, height) of the whole picture after the family's resize; None when the model sees only a part of it."""
+    is_pseudo_text: bool = False
 
 
 Planned = tuple[tuple[MediaRef, MediaPlan], ...]
 """The media of a row in their order, frames of videos included: where the bytes of each are, and what it becomes."""
+
+
+def pictures_of(media: Planned) -> Planned:
+    """Those that are pictures or frames."""
+    return tuple(medium for medium in media if not medium[1].is_pseudo_text)
+
+
+def pseudo_texts_of(media: Planned) -> Planned:
+    """Those that are pseudo-text."""
+    return tuple(medium for medium in media if medium[1].is_pseudo_text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,12 +175,7 @@ class Laid:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.ids) + self.num_visual
-
-    @property
-    def num_visual(self) -> int:
-        """Ids that the media take."""
-        return sum(plan.num_tokens for _, plan in self.media)
+        return len(self.ids) + sum(plan.num_tokens for _, plan in self.media)
 
     @property
     def num_trained(self) -> int:
@@ -193,17 +206,35 @@ class Encoded:
         return len(self.input_ids)
 
     @property
-    def at_media(self) -> np.ndarray:
-        """Where features of media go: bool (T,)."""
+    def at_pictures(self) -> np.ndarray:
+        """Where features of pictures and frames go: bool (T,)."""
+        return self._at(pseudo_text=False)
+
+    @property
+    def at_pseudo_text(self) -> np.ndarray:
+        """Where rows of pseudo-text go: bool (T,)."""
+        return self._at(pseudo_text=True)
+
+    def _at(self, *, pseudo_text: bool) -> np.ndarray:
         found = np.zeros(len(self.input_ids), dtype=bool)
         for span in self.spans:
-            found[span.start : span.start + span.length] = True
+            if (span.kind == "pseudo_text") == pseudo_text:
+                found[span.start : span.start + span.length] = True
         return found
 
     @property
     def num_trained(self) -> int:
         """Positions that give a loss: a label at position 0 has nothing before it to predict it."""
         return int((self.labels[1:] != IGNORED).sum())
+
+
+def stacked(masks: Sequence[np.ndarray], *, left: bool = False) -> np.ndarray:
+    """Masks of rows, each bool (T,), as bool (B, L): False in the padding, on the right or on the `left`."""
+    found = np.zeros((len(masks), max(map(len, masks))), dtype=bool)
+    for row, mask in zip(found, masks, strict=True):
+        start = len(row) - len(mask) if left else 0
+        row[start : start + len(mask)] = mask
+    return found
 
 
 @dataclass(slots=True, kw_only=True)

@@ -186,10 +186,16 @@ def load(
     return load_located(located, device=device, dtype=dtype)
 
 
-def load_located(located: Located, *, device: str | None = None, dtype: DtypeName | None = None) -> Session:
-    """`load` for weights that were already found."""
+def load_located(
+    located: Located, *, device: str | None = None, dtype: DtypeName | None = None, opened: OpenedFolder | None = None
+) -> Session:
+    """`load` for weights that were already found.
+
+    Args:
+        opened: their model folder as `open_folder` gives it, where that was done before.
+    """
     place = choose_device(device)
-    opened = open_folder(str(located.model_folder), located.media)
+    opened = opened or open_folder(str(located.model_folder), located.media)
     model = load_model(opened, dtype=None if dtype is None else torch_dtype(dtype))
     if located.base is not None:
         model = attach(model, located.path)

@@ -28,6 +28,7 @@ from vlmtune.models.family import BoxFormat, Family, ModelFolder, OpenedFolder
 from vlmtune.models.registry import detect
 from vlmtune.models.text import TextEncoder
 from vlmtune.nn.attention import PACKED
+from vlmtune.nn.pseudo_text import install_pseudo_text
 from vlmtune.weights import strict
 from vlmtune.weights.foreign.recognise import EXPORT_FIRST, WORDS, recognise
 from vlmtune.weights.layout import WeightTable
@@ -197,6 +198,7 @@ def empty_model(opened: OpenedFolder) -> PreTrainedModel:
     model.set_attn_implementation(_attention("sdpa", packs=opened.why_not_packed is None))
     compat.forget_longest_row(model)
     opened.family.install(model)
+    install_pseudo_text(model)
     return model.eval()
 
 
@@ -240,6 +242,7 @@ def load_weights(
     compat.forget_longest_row(model)
     compat.forget_absent_layers(model)
     family.install(model)
+    install_pseudo_text(model)
     return cast(PreTrainedModel, model)
 
 

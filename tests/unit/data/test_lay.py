@@ -11,7 +11,7 @@ from vlmtune.errors import DataError
 from vlmtune.models.family import ChatFormat, FrameFormat
 
 REF = MediaRef(path="x")
-PICTURE, VIDEO, BOX = Image(REF), Video(REF), Box((0, 0, 1, 1))
+PICTURE, VIDEO, BOX, PSEUDO = Image(REF), Video(REF), Box((0, 0, 1, 1)), PseudoText(REF)
 FILM = Film((REF, REF, REF), ((1, 1),) * 3, (0.0, 61.5, 3605.0), 3700.0)
 NUMBERED = FrameFormat(before="F{number}: ", joint=", ", close=";")
 
@@ -96,11 +96,23 @@ def test_special_tokens_of_a_box_are_the_templates_and_its_training_is_the_turns
     ]
 
 
+def test_pseudo_text_stands_among_words_whatever_is_done_with_pictures() -> None:
+    parts = [Text(" a "), PSEUDO, Text("\n"), PICTURE, Text("\nb "), PSEUDO]
+    assert shown(parts, chat()) == " a [0]\n<[1]>b [2]"
+    assert shown(parts, chat(images_first=True, text_joint="+")) == "<[1]> a [0]\n+b [2]"
+    block = chat(images_first=True, block=("{", "}", ": "))
+    assert shown([PSEUDO, Text(" a "), PICTURE], block) == "{<[1]>}: [0] a"
+    assert shown([PICTURE, PSEUDO, Text("\nx ")], chat(strips=True)) == "<[0]>[1]\nx"
+    assert shown([Text("\n"), PSEUDO, PICTURE], chat(strips_ends=True)) == "[0]<[1]>"
+    assert shown([PSEUDO], chat(user_lead=" ")) == " [0]"
+    assert shown([PSEUDO, PICTURE], chat(user_lead=" ")) == " [0]<[1]>"
+
+
 def test_what_has_no_place() -> None:
     with pytest.raises(DataError, match="a turn of the assistant holds a picture"):
         lay([Message("assistant", (PICTURE,))], chat(), prompt=False)
-    with pytest.raises(DataError, match="PseudoText part"):
-        shown([PseudoText(REF)], chat())
+    with pytest.raises(DataError, match="a turn of the assistant holds pseudo-text"):
+        lay([Message("assistant", (Text("a"), PSEUDO))], chat(), prompt=False)
     with pytest.raises(DataError, match="no place for one"):
         lay([Message("system", (Text("x"),))], chat(), prompt=False)
     folder = Film((REF,), ((1, 1),), None, None)

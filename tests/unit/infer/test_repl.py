@@ -9,10 +9,11 @@ from typing import Any
 
 import PIL.Image
 import pytest
+from rows import write_embedding
 from videos import write_video
 
 from vlmtune.config.schema import MediaOptions
-from vlmtune.data.sample import Image, Sample, Text, Video
+from vlmtune.data.sample import Image, MediaRef, PseudoText, Sample, Text, Video
 from vlmtune.infer.repl import Conversation, converse
 
 
@@ -20,6 +21,7 @@ class Parrot:
     """Answers with what it was asked, and keeps the samples."""
 
     located = SimpleNamespace(media=MediaOptions())
+    opened = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=8)))
 
     def __init__(self) -> None:
         self.asked: list[Sample] = []
@@ -108,3 +110,60 @@ def test_videos_wait_beside_pictures(picture: Path, tmp_path: Path) -> None:
     assert "1 video in your next turn" in written and "1 picture and 2 videos in your next turn" in written
     assert "usage: /video PATH" in written
     assert len(complaints) == 1 and "a cat.png is not a video" in complaints[0]
+
+
+def test_embeddings_stand_at_their_marks_or_in_front(tmp_path: Path, picture: Path) -> None:
+    one, two = tmp_path / "one.pt", tmp_path / "all.safetensors"
+    write_embedding(one, 3, 8)
+    write_embedding(two, 2, 8, key="page#2")
+    first, second = f"/embedding {one}", f"/embedding {two}#page#2"
+    parrot, written, complaints = talk(
+        first, second, f"/image {picture}", "<embedding> and <embedding>?", "<embedding>"
+    )
+    a, b = (PseudoText(MediaRef(path=str(path), key=key)) for path, key in ((one, None), (two, "page#2")))
+    shown = Image(MediaRef(path=str(picture)))
+    assert not complaints and "1 picture and 2 embeddings in your next turn" in written
+    assert parrot.asked[0].messages[0].parts == (shown, Text("\n"), a, Text(" and "), b, Text("?"))
+    assert parrot.asked[1].messages[-1].parts == (Text("<embedding>"),), "none waits, so it is text"
+    parrot, _, _ = talk(first, f"/image {picture}", "what?")
+    assert parrot.asked[0].messages[0].parts == (a, Text("\n"), shown, Text("\nwhat?"))
+
+
+def test_embeddings_that_are_refused(tmp_path: Path) -> None:
+    write_embedding(tmp_path / "a.pt", 3, 8)
+    (tmp_path / "b.pt").write_text("no tensor here")
+    add = f"/embedding {tmp_path}/"
+    write_embedding(tmp_path / "c.pt", 3, 9)
+    parrot, _, complaints = talk(
+        f"{add}gone.pt", f"{add}b.pt", f"{add}a.pt", "<embedding> <embedding>", "<embedding>", f"{add}c.pt"
+    )
+    assert len(complaints) == 4 and all("\n" not in one for one in complaints)
+    assert "c.pt has rows of 9 numbers; expected 8, as the input of" in complaints[3]
+    assert "gone.pt cannot be opened" in complaints[0] and "b.pt begins with b'no tensor'" in complaints[1]
+    assert "the question says <embedding> 2 times, and 1 embedding would stand there; expected one" in complaints[2]
+    assert [len(sample.messages[-1].parts) for sample in parrot.asked] == [1]
+
+
+def test_pictures_stand_where_the_question_marks_them(tmp_path: Path, picture: Path) -> None:
+    """Two names of one mark; a medium of another kind, which has none, stands in front."""
+    other = tmp_path / "dog.png"
+    PIL.Image.new("RGB", (8, 8)).save(other)
+    write_embedding(tmp_path / "one.pt", 3, 8)
+    parrot, _, complaints = talk(
+        f"/image {picture}", f"/image {other}", f"/embedding {tmp_path / 'one.pt'}",
+        "First: <ImageHere>, second: <image>. Which?", "what is <image>?",
+    )  # fmt: skip
+    first, second = Image(MediaRef(path=str(picture))), Image(MediaRef(path=str(other)))
+    words = PseudoText(MediaRef(path=str(tmp_path / "one.pt")))
+    assert not complaints
+    assert parrot.asked[0].messages[0].parts == (
+        words, Text("\nFirst: "), first, Text(", second: "), second, Text(". Which?"),
+    )  # fmt: skip
+    assert parrot.asked[1].messages[-1].parts == (Text("what is <image>?"),), "none waits, so it is text"
+
+
+@pytest.mark.parametrize(("marks", "count"), [("<image>", 1), ("<image> <image> <image>", 3)])
+def test_marks_and_pictures_that_differ_in_number(marks: str, count: int, picture: Path) -> None:
+    parrot, _, complaints = talk(f"/image {picture}", f"/image {picture}", marks)
+    assert not parrot.asked
+    assert f"the question says <image> {count} times, and 2 pictures would stand there" in complaints[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from vlmtune.data.encode import look_at, with_origin
-from vlmtune.data.media import video
+from vlmtune.data.media.planned import decode
 from vlmtune.data.prepared.measure import COLUMNS, BadRow, Measured, seen
 from vlmtune.data.prepared.pool import in_processes
 from vlmtune.data.row_encoder import RowEncoder
@@ -90,5 +90,5 @@ class _Job:
     def _seen(self, sample: Sample, opened: OpenedFolder) -> tuple[int, ...]:
         found = look_at(sample, opened)
         if self.decode:
-            video.decode([ref for ref, _ in found], opened.media)
+            decode(found, opened.media)
         return seen(sample, found)

@@ -43,7 +43,8 @@ def render(report: Report, listed: Path | None = None) -> Iterator[RenderableTyp
 def _sources(part: Part, title: str, *, mixed: bool) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("source", overflow="fold")
-    columns = ["rows", "bad", "dropped", "images", "tokens", "trained"]
+    keys = ["rows", "bad", "dropped", "images", *(["embedded"] if part.total("embedded") else []), "tokens"]
+    columns = [*keys, "trained"]
     for column in [*columns, "an epoch"] if mixed else columns:
         table.add_column(column, justify="right", no_wrap=True)
     rows = part.as_rows()
@@ -52,7 +53,6 @@ def _sources(part: Part, title: str, *, mixed: bool) -> Table:
         rows.append({"name": "all", "mixing": "", **numbers})
     for row in rows:
         share = f"{row['trained_tokens'] / row['tokens']:.1%}" if row["tokens"] else "–"
-        keys = ("rows", "bad", "dropped", "images", "tokens")
         counts = ["–" if row[key] is None else f"{row[key]:,}" for key in keys]
         if row["bad"]:
             counts[1] = f"[red]{counts[1]}[/]"
@@ -180,7 +180,8 @@ def _verdict(report: Report) -> Text:
     if report.quick:
         hint = ("  Lengths are not known: without --quick all rows are tokenised as well.", "dim")
         return Text.assemble(("No row is bad.", "bold green"), hint)
-    if report.decoded or not report.train.total("images"):
+    if report.decoded or not (report.train.total("images") or report.train.total("embedded")):
         return Text("Every row can be trained.", "bold green")
-    hint = ("  Pictures were read up to their headers; --decode reads all of them.", "dim")
+    media = "Pictures and embeddings" if report.train.total("embedded") else "Pictures"
+    hint = (f"  {media} were read up to their headers; --decode reads all of them.", "dim")
     return Text.assemble(("Every row can be trained.", "bold green"), hint)

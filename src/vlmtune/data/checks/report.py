@@ -50,6 +50,8 @@ class SourceCounts:
     images: int
     visual_tokens: int
     """Those of the tokens that pictures and frames take, as they are cut and merged."""
+    embedded: int
+    """Tokens that are rows of pseudo-text."""
     tokens: int | None
     trained_tokens: int | None
     """None where rows were not tokenised (``--quick``)."""
@@ -145,6 +147,7 @@ class Report:
             "images": self.train.total("images"),
             "visual_tokens": self.train.total("visual_tokens"),
             "about_pictures": self.about_pictures,
+            "embedded": self.train.total("embedded"),
             "tokens": self.train.total("tokens"),
             "trained_tokens": self.train.total("trained_tokens"),
             "epoch": dict(epoch),
@@ -171,7 +174,7 @@ class Report:
     def _eval(self) -> dict[str, Any] | None:
         if self.eval is None:
             return None
-        names = ("rows", "dropped", "images", "visual_tokens", "tokens", "trained_tokens")
+        names = ("rows", "dropped", "images", "visual_tokens", "embedded", "tokens", "trained_tokens")
         return {**{name: self.eval.total(name) for name in names}, "sources": self.eval.as_rows()}
 
 
@@ -266,6 +269,7 @@ def _counts(corpus: Corpus, measured: Measured, judged: Judged, *, quick: bool) 
                 dropped=len(source) - int(kept[number].sum()) - int(num_bad[number]),
                 images=usable_sum(measured.num_images),
                 visual_tokens=usable_sum(measured.num_visual),
+                embedded=usable_sum(measured.num_embedded),
                 tokens=None if quick else usable_sum(measured.num_tokens),
                 trained_tokens=None if quick else usable_sum(measured.num_trained),
                 epoch_rows=mixed[number],

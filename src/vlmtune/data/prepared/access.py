@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlmtune.data.encode import build, plan_media
+from vlmtune.data.encode import build, look_at
 from vlmtune.data.prepared.store import Shard
 from vlmtune.data.row_encoder import RowEncoder
 from vlmtune.data.rows.corpus import Corpus
@@ -67,7 +67,7 @@ class PreparedRows:
         return laid
 
     def _ask_row(self, i: int) -> Callable[[], Planned]:
-        return lambda: plan_media(self.corpus.sample(i), self.encoder.opened(i))
+        return lambda: look_at(self.corpus.sample(i), self.encoder.opened(i))
 
 
 def media_base(corpus: Corpus, source: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from vlmtune.data.encode import lay_row, lay_rows, with_origin
-from vlmtune.data.media import video
+from vlmtune.data.media.planned import decode, is_as_planned
 from vlmtune.data.prepared.access import PreparedRows, Task, media_base
 from vlmtune.data.prepared.measure import counts
 from vlmtune.data.prepared.store import Shard, ShardWriter
@@ -105,7 +105,7 @@ class ShardJob:
             laid = lay_row(sample, opened)
             counts(sample, laid)
             # Nothing is wrong as far as headers tell; the row may be bad because `check --decode` saw its pixels.
-            video.decode([ref for ref, _ in laid.media], opened.media)
+            decode(laid.media, opened.media)
         except DataError as error:
             return with_origin(error, "").reason
         return None
@@ -114,8 +114,7 @@ class ShardJob:
         opened = self.encoder.opened(i)
         try:
             planned = shard.media(local) or ()  # what lies in the row itself is as the row's own digest says
-            found = video.sizes([ref for ref, _ in planned], opened.media)
-            return found == [plan.size for _, plan in planned]
+            return is_as_planned(planned, opened.media)
         except DataError:
             return False
 
@@ -128,7 +127,7 @@ class ShardJob:
         for i in range(task.start, task.stop):
             try:
                 if i not in bad:
-                    video.decode([ref for ref, _ in rows.laid(i).media], self.encoder.opened(i).media)
+                    decode(rows.laid(i).media, self.encoder.opened(i).media)
             except DataError as error:
                 found[first + i] = with_origin(error, "")
         return found

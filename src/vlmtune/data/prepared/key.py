@@ -14,7 +14,7 @@ import transformers
 from vlmtune.data.rows.corpus import Source
 from vlmtune.models.family import OpenedFolder
 
-ENCODING = 2
+ENCODING = 3
 """Raised whenever the ids of a row, or the files of a shard, come out differently."""
 
 # The files of a model folder that say how text and pictures become ids.
@@ -38,7 +38,7 @@ _DECIDING = (
 
 def key_of(source: Source, opened: OpenedFolder) -> str:
     """16 hexadecimal digits: the rows, how they are read, and how the model folder lays them down."""
-    how = {"prompt", "columns", "replace_prefix", "unmarked_media", "lone_turns"}
+    how = {"prompt", "columns", "replace_prefix", "unmarked_media", "lone_turns", "pseudo_text_token"}
     options = source.options.model_dump(mode="json", include=how)
     parts = {
         "encoding": ENCODING,

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from vlmtune.data.rows.marks import MARK
-from vlmtune.data.sample import Box, Laid, Planned, Sample
+from vlmtune.data.sample import Box, Laid, Planned, Sample, pictures_of, pseudo_texts_of
 from vlmtune.errors import DataError
 
 Kind = Literal["row", "length"]
@@ -38,6 +38,7 @@ COLUMNS: dict[str, type[np.generic]] = {
     "answer_hash": np.uint64,
     "marks_in_answers": np.int32,
     "smallest_side": np.int32,
+    "num_embedded": np.int32,
 }
 """The arrays of `Measured`, in the order of `counts`."""
 
@@ -62,6 +63,8 @@ class Measured:
     """int32 (n,), `<image>` marks that stand in answers and count as text there."""
     smallest_side: np.ndarray
     """int32 (n,), in pixels, over the row's pictures; 0 without any."""
+    num_embedded: np.ndarray
+    """int32 (n,), those of the tokens that are rows of pseudo-text."""
     bad: list[BadRow] = field(default_factory=list)
     unknown_keys: Counter[str] = field(default_factory=Counter)
     """Top-level keys of rows that nothing reads, and how many rows have them."""
@@ -91,13 +94,15 @@ def seen(sample: Sample, media: Planned) -> tuple[int, ...]:
     replies = [message for message in sample.messages if message.role == "assistant"]
     answers = [message.text for message in replies]
     boxes = [repr(part) for message in replies for part in message.parts if isinstance(part, Box)]
+    pictures = pictures_of(media)
     return (
-        len(media),
-        sum(plan.num_tokens for _, plan in media),
+        len(pictures),
+        sum(plan.num_tokens for _, plan in pictures),
         _hash(sample.id) if sample.id is not None else 0,
         _hash("\0".join(answers + boxes)),
         sum(len(MARK.findall(answer)) for answer in answers if "<" in answer),
-        min((min(plan.size) for _, plan in media), default=0),
+        min((min(plan.size) for _, plan in pictures), default=0),
+        sum(plan.num_tokens for _, plan in pseudo_texts_of(media)),
     )
 
 

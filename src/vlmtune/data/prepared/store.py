@@ -11,8 +11,9 @@ of each flat array:
 `places`           int32, for each medium the text ids before it; `media_ends` int32 (n,)
 `files`            int32, for each medium its number among the names; −1: ask the row itself
 `slices`           int64 (media, 3): offset, length (−1: to the end), frame (−1: a picture)
+`keys`             int32, for each medium its tensor's number among the keys; −1: none is named
 `plans`            int32, for each medium its number among the plans
-`name_*`, `plan_*` texts: uint8 bytes laid end to end, and int64 ends
+`name_*`, `key_*`  texts: uint8 bytes laid end to end, and int64 ends; `plan_*` as well
 the rest           the columns of `measure.Measured`, (n,) each
 =================  =======================================================================================
 """
@@ -99,17 +100,19 @@ class ShardWriter:
         return pack_arrays(arrays, notes)
 
     def _media(self) -> dict[str, np.ndarray]:
-        names, plans = Texts(), Texts()
+        names, keys, plans = Texts(), Texts(), Texts()
         known: dict[MediaPlan, int] = {}
         files: list[int] = []
         slices: list[tuple[int, int, int]] = []
         numbers: list[int] = []
+        key_numbers: list[int] = []
         for laid in self.laid:
             for ref, plan in laid.media:
                 in_row = ref.inline is not None or bool(ref.more)
                 files.append(-1 if in_row else names.number(self._name(ref.path)))
                 length = -1 if ref.length is None else ref.length
                 slices.append((ref.offset, length, -1 if ref.frame is None else ref.frame))
+                key_numbers.append(-1 if ref.key is None else keys.number(ref.key))
                 if plan not in known:
                     known[plan] = plans.number(json.dumps(dataclasses.asdict(plan)))
                 numbers.append(known[plan])
@@ -118,8 +121,10 @@ class ShardWriter:
             "media_ends": np.cumsum([len(laid.media) for laid in self.laid], dtype=np.int32),
             "files": np.array(files, np.int32),
             "slices": np.array(slices, np.int64).reshape(-1, 3),
+            "keys": np.array(key_numbers, np.int32),
             "plans": np.array(numbers, np.int32),
             **names.arrays("name"),
+            **keys.arrays("key"),
             **plans.arrays("plan"),
         }
 
@@ -168,11 +173,13 @@ class Shard:
     def _medium(self, k: int) -> tuple[MediaRef, MediaPlan]:
         name = self._text("name", int(self.arrays["files"][k]))
         offset, length, frame = self.arrays["slices"][k].tolist()
+        key = int(self.arrays["keys"][k])
         ref = MediaRef(
             path=name if name.startswith("/") else f"{self.base}/{name}",
             offset=offset,
             length=None if length < 0 else length,
             frame=None if frame < 0 else frame,
+            key=None if key < 0 else self._text("key", key),
         )
         return ref, _plan(self._text("plan", int(self.arrays["plans"][k])))
 

@@ -17,7 +17,7 @@ from vlmtune.errors import ConfigError, DataError
 
 # Media and signals that other trainings use; a row that needs them would teach something else without them.
 _UNSUPPORTED_KEYS = frozenset(
-    {"embedding", "embeddings", "audio", "audios", "tools", "chosen", "rejected", "kto_tag"}
+    {"audio", "audios", "tools", "chosen", "rejected", "kto_tag"}
     | {"rejected_response", "rejected_messages", "rejected_images"}
 )
 KNOWN_KEYS = frozenset({"id", "system", *FORMAT_KEYS, *MEDIA_KEYS, *_UNSUPPORTED_KEYS})
@@ -29,7 +29,8 @@ def to_sample(row: object, *, origin: str, locate: Locate, options: Read = _PLAI
     """The sample that a row says.
 
     Args:
-        options: of the row's source: `columns`, `prompt`, `unmarked_media` and `lone_turns` are used.
+        options: of the row's source: `columns`, `prompt`, `unmarked_media`, `lone_turns` and `pseudo_text_token` are
+            used.
 
     Raises:
         DataError: with `origin` as its place: missing keys, wrong types, unknown or misplaced roles, marks that do not
@@ -43,7 +44,7 @@ def to_sample(row: object, *, origin: str, locate: Locate, options: Read = _PLAI
         dialogue = dialogue_of(row, options.prompt)
         turns = _paired(dialogue.turns) if options.lone_turns == "drop" else dialogue.turns
         in_front = dialogue.media_in_front or options.unmarked_media == "front"
-        messages = _messages(turns, Media(row, locate), in_front=in_front)
+        messages = _messages(turns, Media(row, locate, reserved=options.pseudo_text_token), in_front=in_front)
     except DataError as error:
         error.where = error.where or origin
         raise
@@ -113,7 +114,7 @@ def _refuse_unsupported(row: Row) -> None:
         if row.get(key) not in (None, "", []):
             raise DataError(
                 f"the row has `{key}`, which is not supported yet",
-                expected="rows with text, images and videos",
+                expected="rows with text, images, videos and embeddings",
                 remedy="Take the row out, or remove the field if the row makes sense without it.",
             )
 

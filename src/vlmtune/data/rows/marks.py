@@ -1,6 +1,8 @@
 """The media and boxes that a row lists, handed out mark by mark: `<image>`, `<ImageHere>`, `<video>`, `<bbox>`, ….
 
-A mark is a mark in user turns only; in an answer it is text. Boxes (ms-swift's `objects`) have marks in both.
+A mark is a mark in user turns only; in an answer it is text. Boxes (ms-swift's `objects`) have marks in both. Files of
+pseudo-text (`embedding`) have `<embedding>`, or a reserved token that is repeated once for each row of the file; in
+rows that list none, that token is text.
 """
 
 from __future__ import annotations
@@ -8,17 +10,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
+from vlmtune.data.media.embedding import split_name
 from vlmtune.data.rows.formats import Row, cut, entry, kind_of, shown
-from vlmtune.data.sample import Box, BoxUnit, Image, MediaRef, Part, Role, Text, Video
+from vlmtune.data.sample import Box, BoxUnit, Image, MediaRef, Part, PseudoText, Role, Text, Video
 from vlmtune.errors import DataError
 
 Locate = Callable[[str], MediaRef]
 """A path or URI of a row -> where its bytes are (the path of a folder ends with a slash); raises DataError."""
 
 MARK = re.compile(r"<image>|<ImageHere>|<video>")
-_ANY_MARK = re.compile(r"<image>|<ImageHere>|<video>|<bbox>|<ref-object>")
+_ANY_MARK = re.compile(r"<image>|<ImageHere>|<video>|<embedding>|<bbox>|<ref-object>")
 _BOX_MARK = re.compile(r"<bbox>|<ref-object>")
 _QWEN_PICTURE = re.compile(r"<img>[^<>]+\.(?:jpe?g|png|webp|bmp|gif)</img>", re.IGNORECASE)
 _UNITS: Mapping[str, tuple[BoxUnit, float]] = {
@@ -26,21 +30,30 @@ _UNITS: Mapping[str, tuple[BoxUnit, float]] = {
     "norm1000": ("thousand", 1000),
     "norm1": ("unit", 1),
 }
-MEDIA_KEYS = ("image", "images", "video", "videos", "objects")
+MEDIA_KEYS = ("image", "images", "video", "videos", "embedding", "embeddings", "objects")
 
 PART_KEYS = frozenset({"type", "text", "image", "image_url", "video", "video_url", "url", "path"})
 """What is read of a part of an OpenAI content."""
 
-_Kind = Literal["image", "video"]
+_Kind = Literal["image", "video", "embedding"]
 
 
 class Media:
-    """What a row lists beside its text, and how much of it has been placed."""
+    """What a row lists beside its text, and how much of it has been placed.
 
-    def __init__(self, row: Row, locate: Locate) -> None:
+    Args:
+        reserved: the token whose runs are places of pseudo-text, in a row that lists some; None: `<embedding>` alone.
+    """
+
+    def __init__(self, row: Row, locate: Locate, *, reserved: str | None = None) -> None:
         self._locate = locate
-        self._listed: dict[_Kind, list[object]] = {"image": _listed(row, "image"), "video": _listed(row, "video")}
-        self._marks: dict[_Kind, int] = {"image": 0, "video": 0}
+        kinds: tuple[_Kind, ...] = ("image", "video", "embedding")
+        self._listed: dict[_Kind, list[object]] = {kind: _listed(row, kind) for kind in kinds}
+        self._marks: dict[_Kind, int] = dict.fromkeys(kinds, 0)
+        self._reserved = reserved if self._listed["embedding"] else None
+        self._user_marks = _ANY_MARK
+        if self._reserved is not None:
+            self._user_marks = re.compile(f"{_ANY_MARK.pattern}|(?:{re.escape(self._reserved)})+")
         self._marks_in_answers = 0
         self._objects = _Objects(row.get("objects"))
         # Tools that feed a video as a row of pictures write <image> where it stands.
@@ -62,20 +75,20 @@ class Media:
             self._image_tag = "<ImageHere>"
         parts: list[Part] = []
         if in_front and not marks:
-            for kind, listed in self._listed.items():
-                for _ in listed:
+            for kind in ("image", "video"):
+                for _ in self._listed[kind]:
                     parts += [*self.next(kind), Text("\n")]
         return parts
 
     def split(self, text: str, role: Role) -> list[Part]:
         """The parts of a string; not joined yet."""
-        if "<" not in text or role == "system":
+        if role == "system" or ("<" not in text and self._reserved is None):
             return [Text(text)] if text else []
         if role == "assistant":
             self._marks_in_answers += len(MARK.findall(text))
         parts: list[Part] = []
         start = 0
-        for mark in (_ANY_MARK if role == "user" else _BOX_MARK).finditer(text):
+        for mark in (self._user_marks if role == "user" else _BOX_MARK).finditer(text):
             parts.append(Text(text[start : mark.start()]))
             parts.extend(self._behind(mark.group()))
             start = mark.end()
@@ -87,6 +100,11 @@ class Media:
             return self._objects.next_box()
         if mark == "<ref-object>":
             return self._objects.next_name()
+        if self._reserved is not None and mark.startswith(self._reserved):
+            run = len(mark) // len(self._reserved)
+            return [replace(part, run=run) for part in self.next("embedding") if isinstance(part, PseudoText)]
+        if mark == "<embedding>":
+            return self.next("embedding")
         return self.next("video" if mark == "<video>" else self._image_means)
 
     def next(self, kind: _Kind) -> list[Part]:
@@ -99,7 +117,7 @@ class Media:
         return bool(self._listed[kind])
 
     def part(self, kind: _Kind, value: object, place: str) -> Part:
-        """A picture or video from what a row says of it: a path or URI, an object with one, or its bytes."""
+        """A medium from what a row says of it: a path or URI, an object with one, or its bytes."""
         name = value
         if isinstance(value, dict):
             inside = value.get("bytes")
@@ -107,6 +125,9 @@ class Media:
                 name = MediaRef(path=cut(str(value.get("path") or place), 80), inline=inside)
             else:
                 name = next((value[key] for key in ("path", "url", kind) if isinstance(value.get(key), str)), value)
+        key = None
+        if kind == "embedding" and isinstance(name, str):
+            name, key = split_name(name)
         if isinstance(name, str):
             name = self._locate(name)
         if not isinstance(name, MediaRef):
@@ -114,8 +135,9 @@ class Media:
         if kind == "video":
             return Video(name)
         if name.inline is None and name.path.endswith("/"):
-            raise DataError(f"{name.path} is a folder", expected="a picture file")
-        return Image(name)
+            thing = "a .pt or .safetensors file" if kind == "embedding" else "a picture file"
+            raise DataError(f"{name.path} is a folder", expected=thing)
+        return PseudoText(replace(name, key=key)) if kind == "embedding" else Image(name)
 
     def boxes_placed(self) -> None:
         """
@@ -137,20 +159,31 @@ class Media:
         if marks == listed:
             return
         tag = self._image_tag if self._image_means == kind else f"<{kind}>"
+        if kind == "embedding" and self._reserved is not None:
+            raise self._misplaced_embeddings(marks, listed, self._reserved)
         if marks > listed:
             remedy = f"Add the missing path{_s(marks - listed)}, or remove a mark."
         else:
-            thing = "picture" if kind == "image" else "video"
+            thing = {"image": "picture", "embedding": "file"}.get(kind, kind)
             remedy = f"Put {tag} into a user turn where each {thing} belongs, or remove a path."
-            if not any(self._marks.values()):
+            if kind != "embedding" and not any(self._marks.values()):
                 remedy += " `unmarked_media: front` at the source puts media without marks in front of the question."
         if self._marks_in_answers:
             remedy += f" (The {self._marks_in_answers} in the answers count as text.)"
         raise DataError(f"{marks} {tag} mark{_s(marks)} but {listed} {kind}{_s(listed)}", remedy=remedy)
 
+    @staticmethod
+    def _misplaced_embeddings(marks: int, listed: int, reserved: str) -> DataError:
+        return DataError(
+            f"the questions hold {marks} place{_s(marks)} for pseudo-text, but the row lists {listed} embedding"
+            f"{_s(listed)}",
+            expected=f"for each of them <embedding>, or {reserved} as often as its file has rows",
+            remedy="Put one of the two into a user turn where each file belongs; runs of the token that touch are one.",
+        )
+
 
 def _listed(row: Row, kind: _Kind) -> list[object]:
-    """What the row's `image` or `images` lists; entries are strings, objects or references."""
+    """What the row's `image` or `images` lists, say; entries are strings, objects or references."""
     given = [key for key in (kind, f"{kind}s") if row.get(key) not in (None, "", [])]
     if len(given) == 2:
         raise DataError(f"the row has both `{kind}` and `{kind}s`", expected="one of them")

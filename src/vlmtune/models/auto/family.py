@@ -21,7 +21,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from vlmtune import compat
 from vlmtune.config.schema import ChatStyle, Component, ImageOptions, MediaOptions
-from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
+from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size, pictures_of
 from vlmtune.errors import WeightsError
 from vlmtune.files import read_json, write_json
 from vlmtune.models import native
@@ -191,7 +191,8 @@ class AutoFamily:
             own_pixels = list(pixels[index])
             for sample in row:
                 end = start + sample.num_tokens
-                taken, own_pixels = own_pixels[: len(sample.media)], own_pixels[len(sample.media) :]
+                count = len(pictures_of(sample.media))
+                taken, own_pixels = own_pixels[:count], own_pixels[count:]
                 types[index, start:end], positions[:, index, start:end] = _axes(sample, taken, spec)
                 start = end
         return {"mm_token_type_ids": types, "position_ids": positions}
@@ -317,7 +318,7 @@ def _axes(
 
 def _token_types(sample: Encoded) -> torch.Tensor:
     """1 where picture features go, 0 elsewhere, (T,)."""
-    return torch.from_numpy(sample.at_media).long()
+    return torch.from_numpy(sample.at_pictures).long()
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ import PIL.Image
 import torch
 
 from vlmtune.config.schema import ImageOptions
-from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size
+from vlmtune.data.sample import Encoded, MediaPlan, Retouch, Size, stacked
 from vlmtune.errors import ConfigError, DataError, WeightsError
 from vlmtune.models.pixels import Planes, Tones, Triple, grid_tiles, make_tones, seen_tiles, tiles
 from vlmtune.models.resample import planes_of
@@ -151,13 +151,8 @@ def image_mask(rows: Sequence[Sequence[Encoded]], *, left: bool = False) -> torc
         rows: `rows[b]` are the samples laid end to end in row b.
         left: rows are padded on the left, as prompts are; else on the right.
     """
-    masks = [np.concatenate([sample.at_media for sample in row]) for row in rows]
-    width = max(map(len, masks))
-    result = torch.zeros(len(rows), width, dtype=torch.bool)
-    for row, mask in enumerate(masks):
-        start = width - len(mask) if left else 0
-        result[row, start : start + len(mask)] = torch.from_numpy(mask)
-    return result
+    masks = [np.concatenate([sample.at_pictures for sample in row]) for row in rows]
+    return torch.from_numpy(stacked(masks, left=left))
 
 
 def about(spec: XComposer2Spec) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from vlmtune.config.schema import Read
 from vlmtune.data.rows.adapters import to_sample, unread_keys
-from vlmtune.data.sample import Image, MediaRef, Message, Sample, Text
+from vlmtune.data.sample import Image, MediaRef, Message, Part, PseudoText, Sample, Text
 from vlmtune.errors import DataError
 
 
@@ -51,6 +51,46 @@ def test_llava_row_keeps_the_text_around_the_mark() -> None:
         origin="coco.jsonl:124",
         id="7",
     )
+
+
+def pseudo(name: str, key: str | None = None, run: int | None = None) -> PseudoText:
+    return PseudoText(MediaRef(path=f"/root/{name}", key=key), run=run)
+
+
+RESERVED = "[UNUSED_TOKEN_140]"
+
+
+@pytest.mark.parametrize(
+    ("question", "files", "parts"),
+    [
+        ("<image>\n<embedding> x", "a.pt", (image("i"), Text("\n"), pseudo("a.pt"), Text(" x"))),
+        (f"<image>\n{RESERVED * 3} x", "a.pt", (image("i"), Text("\n"), pseudo("a.pt", run=3), Text(" x"))),
+        (
+            f"{RESERVED} {RESERVED * 2}<image>",
+            ["a.pt", "b.pt"],
+            (pseudo("a.pt", run=1), Text(" "), pseudo("b.pt", run=2), image("i")),
+        ),
+        (f"<image>{RESERVED}<embedding>", ["a", "b"], (image("i"), pseudo("a", run=1), pseudo("b"))),
+        ("<embedding><image>", "s/all.safetensors#a#b/7", (pseudo("s/all.safetensors", "a#b/7"), image("i"))),
+        ("<embedding><image>", "a#b.pt", (pseudo("a#b.pt"), image("i"))),
+    ],
+)
+def test_pseudo_text_stands_where_its_mark_or_its_run_of_reserved_tokens_stood(
+    question: str, files: str | list[str], parts: tuple[Part, ...]
+) -> None:
+    sample = read(llava(question, f"{RESERVED * 2} <embedding>", image="i", embedding=files))
+    assert sample.messages[0].parts == parts
+    assert sample.messages[1].parts == (Text(f"{RESERVED * 2} <embedding>"),), "in an answer both are text"
+
+
+def test_the_reserved_token_is_text_without_embeddings_and_can_be_another() -> None:
+    assert read(llava(RESERVED * 2, "x")).messages[0].parts == (Text(RESERVED * 2),)
+    own = read(llava("@@@ x", "x", embedding="a.pt"), pseudo_text_token="@")
+    assert own.messages[0].parts == (pseudo("a.pt", run=3), Text(" x"))
+    none = read(llava(f"<embedding>{RESERVED}", "x", embeddings=["a.pt"]), pseudo_text_token=None)
+    assert none.messages[0].parts == (pseudo("a.pt"), Text(RESERVED))
+    with pytest.raises(DataError, match=r"0 <embedding> marks but 1 embedding\. Put <embedding> into a user turn"):
+        read(llava(RESERVED, "x", embedding="a.pt"), pseudo_text_token=None)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +229,17 @@ def test_openai_with_pictures_listed_at_the_row() -> None:
         (llava("<video>", "x"), "1 <video> mark but 0 videos. Add the missing path, or remove a mark."),
         (llava("x", "x", video="a.mp4"), "0 <image> marks but 1 video. Put <image> into a user turn where each video"),
         (llava("<video>", "x", videos=["a", "b"]), "1 <video> mark but 2 videos. Put <video> into"),
-        (llava("<image>", "x", image="a", embedding="a.pt"), "the row has `embedding`, which is not supported yet"),
+        (
+            llava("<image>", "x", image="a", embedding="a.pt"),
+            "the questions hold 0 places for pseudo-text, but the row lists 1 embedding; expected for each of them "
+            "<embedding>, or [UNUSED_TOKEN_140] as often as its file has rows.",
+        ),
+        (llava("<embedding>", "x"), "1 <embedding> mark but 0 embeddings. Add the missing path"),
+        (llava("q", "<embedding>", embedding="a.pt"), "the questions hold 0 places for pseudo-text"),
+        (llava("<embedding>", "x", embedding=["a.pt", "b.pt"]), "the questions hold 1 place for pseudo-text, but the"),
+        (llava("[UNUSED_TOKEN_140]" * 3, "x", embedding=["a.pt", "b.pt"]), "runs of the token that touch are one"),
+        (llava("<embedding>", "x", embedding=[0.1, 0.2]), "entry 1 of `embedding` is a number; expected a path"),
+        (llava("<embedding>", "x", embedding="folder/"), "/root/folder/ is a folder; expected a .pt or"),
         (
             {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "tool_calls": [{}]}]},
             "message 2 has `tool_calls`, which is not supported yet",

@@ -11,7 +11,7 @@ import pytest
 from vlmtune.config.schema import Read, SourceConfig
 from vlmtune.data.rows.adapters import check_columns, to_sample
 from vlmtune.data.rows.corpus import open_corpus
-from vlmtune.data.sample import Box, Image, MediaRef, Message, Part, Sample, Text, Video
+from vlmtune.data.sample import Box, Image, MediaRef, Message, Part, PseudoText, Sample, Text, Video
 from vlmtune.errors import ConfigError, DataError
 
 INLINE = MediaRef(path="cell", inline=b"png")
@@ -318,27 +318,30 @@ def test_the_rows_on_the_pages_of_the_pipelines(tmp_path: Path) -> None:
     assert [source.options.choose for source in corpus.sources] == [10_000, 5_000]
 
 
+RUN = "[UNUSED_TOKEN_140]" * 4
+
+
 def test_the_row_of_the_e_it_page(tmp_path: Path) -> None:
     row = {
         "id": 3,
         "embedding": "xxx.pt",
         "image": "/data/luoyx/finetuned_data/929_data/train_img/2137.jpg",
-        "conversations": [{"from": "human", "value": "<image>xxx"}, {"from": "gpt", "value": "xxx"}],
+        "conversations": [{"from": "human", "value": "<image>" + RUN}, {"from": "gpt", "value": "xxx"}],
         "rank": 0,
     }
     (tmp_path / "train_img").mkdir()
     (tmp_path / "train_img/2137.jpg").touch()
     path = tmp_path / "samples.json"
-    path.write_text(json.dumps([row, {**row, "embedding": None}]))
+    (tmp_path / "xxx.pt").touch()
+    path.write_text(json.dumps([row]))
     source = SourceConfig(path=str(path))
-    with pytest.raises(DataError, match=r"samples.json:1: the row has `embedding`, which is not supported yet"):
+    with pytest.raises(DataError, match=r"samples.json:1: the absolute path .* `replace_prefix: ") as caught:
         open_corpus([source]).sample(0)
-    with pytest.raises(DataError, match=r"samples.json:2: the absolute path .* `replace_prefix: ") as caught:
-        open_corpus([source]).sample(1)
     prefix = "/data/luoyx/finetuned_data/929_data/"
     assert f"{{{prefix}: {tmp_path}/}}" in str(caught.value)
     mapped = source.model_copy(update={"replace_prefix": {prefix: f"{tmp_path}/"}})
-    assert open_corpus([mapped]).sample(1).images == (Image(MediaRef(path=f"{tmp_path}/train_img/2137.jpg")),)
+    picture, embedding = (MediaRef(path=f"{tmp_path}/{name}") for name in ("train_img/2137.jpg", "xxx.pt"))
+    assert open_corpus([mapped]).sample(0).messages[0].parts == (Image(picture), PseudoText(embedding, run=4))
 
 
 def test_pictures_named_inside_the_text_are_refused() -> None:
