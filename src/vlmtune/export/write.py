@@ -304,7 +304,13 @@ def _origin(located: Located) -> tuple[str, list[card.Part]]:
             card.Part(role, card.public_name(assembled[key]["name"]), assembled[key]["licence"]) for role, key in roles
         ]
     name = _base_name(located)
-    return "fine-tuned with vlmtune", [card.Part("Base model", card.public_name(name), card.licence_of(Path(name)))]
+    if located.provenance:
+        made = "fine-tuned with vlmtune"
+    elif located.base is not None or located.foreign is not None:
+        made = "trained with another program and put together with vlmtune"
+    else:
+        made = "converted with vlmtune: the weights are those of the model below"
+    return made, [card.Part("Base model", card.public_name(name), card.licence_of(Path(name)))]
 
 
 def _base_name(located: Located) -> str:
